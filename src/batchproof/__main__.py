@@ -1,0 +1,7 @@
+"""``python -m batchproof``."""
+
+import sys
+
+from batchproof.cli import main
+
+sys.exit(main())

@@ -1,0 +1,28 @@
+"""The lab: many seeds at once in JAX, with every normalization choice explicit.
+
+Importing it gives JAX one CPU device for each core, so that `batchproof.lab.population` can spread
+seeds over cores. That has an effect only before JAX's first computation in the process.
+"""
+
+import os
+
+try:
+    import jax
+except ModuleNotFoundError as error:  # the base install has no JAX
+    from batchproof.errors import BatchproofError
+
+    raise BatchproofError(
+        "the lab needs JAX, which is not installed: pip install 'batchproof[lab]'"
+    ) from error
+
+
+def _one_device_per_core() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # JAX raises once a backend is running: then the process keeps the devices it has.
+    try:
+        jax.config.update("jax_num_cpu_devices", cores or 1)
+    except RuntimeError:
+        pass
+
+
+_one_device_per_core()

@@ -1,0 +1,41 @@
+"""What the lab asks of an environment that runs inside its compiled loop."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from jax import Array
+
+
+class Step(NamedTuple):
+    """The result of one environment step."""
+
+    state: Any
+    obs: Array  # (O,), of the state just reached: the loop resets, not the environment
+    reward: Array  # ()
+    terminated: Array  # () bool
+    truncated: Array  # () bool
+
+
+class JaxEnv(Protocol):
+    """A pytree whose leaves are the environment's parameters, so that seeds may differ in them.
+
+    Actions come in [-1, 1]; an environment with other bounds scales them itself.
+    """
+
+    obs_size: ClassVar[int]
+    action_size: ClassVar[int]
+    max_steps: ClassVar[int]
+
+    @classmethod
+    def make(cls, **options: Any) -> JaxEnv:
+        """Build it from the keyword arguments that `gymnasium.make` takes for the same id."""
+        ...
+
+    def reset(self, key: Array) -> tuple[Any, Array]:
+        """First state and observation (O,) of an episode."""
+        ...
+
+    def step(self, key: Array, state: Any, action: Array) -> Step:
+        """One step with ``action`` (A,)."""
+        ...

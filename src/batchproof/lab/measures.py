@@ -1,0 +1,87 @@
+"""What a critic in a given mode shows its actor, in three numbers.
+
+Each takes ``q``, a function from a batch of actions (B, A) to their values (B,) with everything
+else fixed: the states, the weights and the mode of slot 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from batchproof.modes import E, Mode, T
+
+QFunction = Callable[[Array], Array]
+
+
+def kappa(q: QFunction, action: Array) -> Array:
+    """Common-mode share of the actor's gradient, () in [0, 1], averaged over action dimensions.
+
+    kappa = |sum_i dQbar/da_i| / sum_i |dQbar/da_i|, Qbar the batch's mean value. It is 0 to
+    rounding when the batch's statistics are used with gradient, because a shift of all actions
+    leaves every normalized value as it was; 1 when all rows want to move the same way. Where no
+    row has any gradient it is 0.
+    """
+    gradient = jax.grad(lambda a: q(a).mean())(action)
+    total = jnp.abs(gradient).sum(0)
+    share = jnp.abs(gradient.sum(0)) / jnp.where(total > 0, total, 1)
+    return share.mean()
+
+
+def response_ratio(q: QFunction, action: Array, delta: float = 0.1, rows: int = 16) -> Array:
+    """How much less the critic answers a shift of all actions than a shift of one, ().
+
+    R = G_com / G_ind with G the mean absolute change of a row's own value: G_ind moves that
+    row's action by ``delta`` in each dimension, G_com every row's. 1 without coupling between
+    rows (modes E, B; layer norm), 0 in T, about 1/2 in M. Measured on the first ``rows`` rows.
+    """
+    rows = min(rows, len(action))
+    base = q(action)[:rows]
+    common = jnp.abs(q(action + delta)[:rows] - base).mean()
+
+    def alone(row: Array) -> Array:
+        moved = q(action.at[row].add(delta))
+        return jnp.abs(moved[row] - base[row])
+
+    individual = jax.vmap(alone)(jnp.arange(rows)).mean()
+    return common / jnp.where(individual > 0, individual, 1)
+
+
+def seen_advantage(policy_value: Array, replay_value: Array) -> Array:
+    """Mean value of the policy's actions above the replayed ones, in units of return, ().
+
+    With slot 3 in T it is erased: the batch mean of the output does not know what the policy does.
+    """
+    return policy_value.mean() - replay_value.mean()
+
+
+def report(
+    q_in: Callable[[Mode, Array], Array],
+    policy_action: Array,
+    replay_action: Array,
+    policy_mode: Mode,
+    replay_mode: Mode,
+) -> dict[str, Array]:
+    """The measures of one agent on one batch.
+
+    Args:
+        q_in: value (B,) of actions (B, A) on the batch's states, in a mode.
+        policy_action: pi(s), (B, A).
+        replay_action: the replayed actions (B, A).
+        policy_mode: the plan's mode of slot 3.
+        replay_mode: the plan's mode of slot 4. A joint forward is taken as ``T`` here.
+    """
+    replay_mode = T if replay_mode.kind == "J" else replay_mode
+
+    def q(action: Array) -> Array:
+        return q_in(policy_mode, action)
+
+    return {
+        "kappa": kappa(q, policy_action),
+        "response_ratio": response_ratio(q, policy_action),
+        "advantage_seen": seen_advantage(q(policy_action), q_in(replay_mode, replay_action)),
+        "advantage_running": seen_advantage(q_in(E, policy_action), q_in(E, replay_action)),
+    }

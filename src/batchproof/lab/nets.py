@@ -1,0 +1,160 @@
+"""Multilayer perceptrons with a norm at a visible place, and twin critics as one stacked network.
+
+Shapes: ``B`` batch, ``O`` obs, ``A`` action, ``C`` critics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from batchproof.errors import BatchproofError
+from batchproof.lab import norms
+from batchproof.lab.norms import Norm
+from batchproof.modes import Mode
+
+Tree = Any
+
+
+class Network(NamedTuple):
+    """What a network learns and what it remembers: parameters and running statistics."""
+
+    params: Tree
+    stats: Tree
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Hidden layers of a network: ``Linear [norm] ReLU [norm]`` each, after an optional input norm.
+
+    Attributes:
+        hidden: width of each hidden layer.
+        norm: what normalizes it, and where.
+    """
+
+    hidden: tuple[int, ...] = (256, 256)
+    norm: Norm = Norm()
+
+    def __post_init__(self) -> None:
+        if not self.hidden or any(width < 1 for width in self.hidden):
+            raise BatchproofError(
+                f"a network needs at least one hidden layer of positive width, got {self.hidden}"
+            )
+        if "before-action" in self.norm.placement.split("+") and len(self.hidden) < 2:
+            raise BatchproofError(
+                "placement before-action needs two hidden layers: the action enters at the second"
+            )
+
+    @property
+    def action_layer(self) -> int:
+        """Index of the layer where a critic's action enters; 0 is beside the observation."""
+        return int("before-action" in self.norm.placement.split("+"))
+
+
+def without_action(mlp: MLP) -> MLP:
+    """The same network for an actor, which has no action input: ``before-action`` is ``input+pre``.
+
+    DDPG normalizes the state input and all layers of its actor (arXiv 1509.02971, section 3).
+    """
+    if not mlp.action_layer:
+        return mlp
+    places = set(mlp.norm.placement.split("+")) - {"before-action"} | {"input", "pre"}
+    return replace(mlp, norm=replace(mlp.norm, placement="+".join(sorted(places))))
+
+
+def _sits(mlp: MLP, place: str, layer: int) -> bool:
+    """Whether the norm stands at `place` of hidden layer `layer` (the input counts as layer 0)."""
+    before = mlp.norm.sits("before-action") and layer < mlp.action_layer and place != "post"
+    return mlp.norm.sits(place) or before
+
+
+def init(key: Array, mlp: MLP, in_size: int, out_size: int, action_size: int = 0) -> Network:
+    """A network from ``in_size`` (and ``action_size``) to ``out_size``, initialized as PyTorch does.
+
+    Weights are (in, out), uniform in +-1/sqrt(in), and so are biases (`torch.nn.Linear`).
+    """
+    params: dict[str, Any] = {}
+    stats: dict[str, Any] = {}
+
+    def add_norm(name: str, features: int) -> None:
+        params[name], stats[name] = norms.init(mlp.norm, features)
+
+    size = in_size + (action_size if mlp.action_layer == 0 else 0)
+    if _sits(mlp, "input", 0):
+        add_norm("norm_input", size)
+    keys = jax.random.split(key, len(mlp.hidden) + 1)
+    for layer, width in enumerate(mlp.hidden):
+        if layer == mlp.action_layer and layer > 0:
+            size += action_size
+        params[f"linear_{layer}"] = _init_linear(keys[layer], size, width)
+        for place in ("pre", "post"):
+            if _sits(mlp, place, layer):
+                add_norm(f"norm_{place}_{layer}", width)
+        size = width
+    params["linear_out"] = _init_linear(keys[-1], size, out_size)
+    return Network(params, stats)
+
+
+def _init_linear(key: Array, in_size: int, out_size: int) -> dict[str, Array]:
+    bound = in_size**-0.5
+    weight, bias = jax.random.split(key)
+    return {
+        "weight": jax.random.uniform(weight, (in_size, out_size), minval=-bound, maxval=bound),
+        "bias": jax.random.uniform(bias, (out_size,), minval=-bound, maxval=bound),
+    }
+
+
+def apply(
+    mlp: MLP, network: Network, x: Array, mode: Mode, action: Array | None = None
+) -> tuple[Array, Tree]:
+    """Run the network on ``x`` (B, in) and, for a critic, ``action`` (B, A).
+
+    Returns:
+        The output (B, out) and the running statistics after the pass.
+    """
+    params, stats = network
+    new_stats = dict(stats)
+
+    def linear(name: str, x: Array) -> Array:
+        return x @ params[name]["weight"] + params[name]["bias"]
+
+    def norm(name: str, x: Array) -> Array:
+        if name not in params:
+            return x
+        x, new_stats[name] = norms.apply(mlp.norm, params[name], stats[name], x, mode)
+        return x
+
+    def enter(layer: int, x: Array) -> Array:
+        if action is None or layer != mlp.action_layer:
+            return x
+        return jnp.concatenate([x, action], axis=-1)
+
+    x = norm("norm_input", enter(0, x))
+    for layer in range(len(mlp.hidden)):
+        x = linear(f"linear_{layer}", enter(layer, x) if layer else x)
+        x = norm(f"norm_pre_{layer}", x)
+        x = jax.nn.relu(x)
+        x = norm(f"norm_post_{layer}", x)
+    return linear("linear_out", x), new_stats
+
+
+def init_critics(key: Array, mlp: MLP, obs_size: int, action_size: int, critics: int) -> Network:
+    """``critics`` independent Q networks, stacked: every leaf has a leading axis C."""
+    keys = jax.random.split(key, critics)
+    return jax.vmap(lambda k: init(k, mlp, obs_size, 1, action_size))(keys)
+
+
+def q_values(
+    mlp: MLP, critics: Network, obs: Array, action: Array, mode: Mode
+) -> tuple[Array, Tree]:
+    """Q of each critic on ``obs`` (B, O) and ``action`` (B, A): values (C, B), new statistics."""
+
+    def one(network: Network) -> tuple[Array, Tree]:
+        q, stats = apply(mlp, network, obs, mode, action)
+        return q[:, 0], stats
+
+    return jax.vmap(one)(critics)

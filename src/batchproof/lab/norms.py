@@ -1,0 +1,259 @@
+"""Normalization layers as pure functions: statistics go in as data and come back as data.
+
+A layer is described by a frozen `Norm`, set up by `init` and run by `apply`. Nothing here knows
+about train or eval: the `Mode` of the pass says which statistics are used, whether the gradient
+flows through them and whether the running ones move (see `batchproof.modes`). Modes ``J`` and
+``M`` are mode ``T`` on a batch that the caller concatenated (`batchproof.lab.passes`).
+
+Shapes: ``B`` batch, ``F`` features. Everything acts on ``(B, F)`` and normalizes per feature
+(batch, renorm) or per row (layer, group, rms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from batchproof.errors import BatchproofError
+from batchproof.modes import Mode
+
+PLACEMENTS = ("input", "pre", "post", "before-action")
+Params = dict[str, Array]
+Stats = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a normalization layer is and where it sits. Hashable, so static under `jax.jit`.
+
+    Attributes:
+        kind: a name in `KINDS`.
+        placement: one of `PLACEMENTS`, or several joined with ``+`` (CrossQ is ``input+post``).
+            ``pre`` and ``post`` are before and after the activation of each hidden layer.
+            ``before-action`` is DDPG's own (arXiv 1509.02971): the input and each hidden layer
+            that the action has not entered yet; the action then enters at the second layer.
+        momentum: weight of the new batch in the running statistics, as in PyTorch. Flax writes
+            0.99 for what is 0.01 here.
+        eps: added to the variance before the square root.
+        groups: number of feature groups of ``group``.
+        batch_variance: ``biased`` (divided by B) or ``unbiased`` (B - 1), for normalizing.
+        running_variance: the same choice for what the running variance averages.
+        formula: ``canonical`` or ``folded`` Batch Renorm. The folded form, CrossQ's, puts r and d
+            into the mean and the variance; the two differ where the variance is near eps.
+        warmup: ``hard`` (r = 1, d = 0 until `warmup_steps`) or ``smooth`` (the schedule of arXiv
+            1702.03275, scaled: plain batch norm for 1/8 of `warmup_steps`, then d_max grows until
+            5/8 and r_max until the end).
+        warmup_steps: forward passes that updated the statistics.
+        r_max: upper bound of Batch Renorm's scale correction; the lower one is its inverse.
+        d_max: bound of Batch Renorm's shift correction.
+    """
+
+    kind: str = "none"
+    placement: str = "pre"
+    momentum: float = 0.1
+    eps: float = 1e-5
+    groups: int = 8
+    batch_variance: str = "biased"
+    running_variance: str = "unbiased"
+    formula: str = "canonical"
+    warmup: str = "hard"
+    warmup_steps: int = 0
+    r_max: float = 3.0
+    d_max: float = 5.0
+
+    def __post_init__(self) -> None:
+        _one_of("norm", self.kind, tuple(KINDS))
+        for place in self.placement.split("+"):
+            _one_of("placement", place, PLACEMENTS)
+        _one_of("batch_variance", self.batch_variance, ("biased", "unbiased"))
+        _one_of("running_variance", self.running_variance, ("biased", "unbiased"))
+        _one_of("formula", self.formula, ("canonical", "folded"))
+        _one_of("warmup", self.warmup, ("hard", "smooth"))
+        if not 0 < self.momentum <= 1:
+            raise BatchproofError(
+                f"momentum must be in (0, 1], got {self.momentum}: it is the weight of the new "
+                "batch, so flax's 0.99 is 0.01 here"
+            )
+        if not self.eps >= 0:
+            raise BatchproofError(f"eps must not be negative, got {self.eps}")
+        if self.groups < 1:
+            raise BatchproofError(f"groups must be at least 1, got {self.groups}")
+        if self.r_max < 1 or self.d_max < 0:
+            raise BatchproofError(
+                f"Batch Renorm needs r_max >= 1 and d_max >= 0, got {self.r_max} and {self.d_max}"
+            )
+
+    def sits(self, place: str) -> bool:
+        """Whether the layer is there at all and stands at `place`."""
+        return self.kind != "none" and place in self.placement.split("+")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise BatchproofError(f"unknown {name} {value!r}: use one of {', '.join(choices)}")
+
+
+def init(norm: Norm, features: int) -> tuple[Params, Stats]:
+    """Fresh parameters and statistics of one layer.
+
+    Returns:
+        Parameters ``scale`` and ``bias``, each (F,), and statistics ``mean`` and ``var`` (F,) and
+        ``count`` () for the layers that keep running ones; empty dictionaries elsewhere.
+
+    Raises:
+        BatchproofError: `groups` does not divide the features.
+    """
+    if norm.kind == "none":
+        return {}, {}
+    if norm.kind == "group" and features % norm.groups:
+        raise BatchproofError(
+            f"group norm cannot split {features} features into {norm.groups} equal groups: "
+            "choose groups that divide every normalized width"
+        )
+    params = {"scale": jnp.ones(features)}
+    if norm.kind != "rms":
+        params["bias"] = jnp.zeros(features)
+    if norm.kind not in ("batch", "renorm"):
+        return params, {}
+    stats = {
+        "mean": jnp.zeros(features),
+        "var": jnp.ones(features),
+        "count": jnp.zeros((), jnp.int32),
+    }
+    return params, stats
+
+
+def apply(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tuple[Array, Stats]:
+    """Normalize ``x`` (B, F) in the given mode.
+
+    Returns:
+        The output (B, F) and the statistics after the pass, equal to those before unless the
+        mode updates them.
+    """
+    if norm.kind == "none" or mode.bypass:
+        return x, stats
+    return KINDS[norm.kind](norm, params, stats, x, mode)
+
+
+def _none(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tuple[Array, Stats]:
+    return x, stats
+
+
+def _batch(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tuple[Array, Stats]:
+    """Batch norm, arXiv 1502.03167: (x - mean) / sqrt(var + eps) * scale + bias."""
+    if not mode.uses_batch:
+        return _affine(params, stats["mean"], _inverse_std(norm, stats["var"]), x), stats
+    mean, var = _moments(x)
+    new_stats = _move(norm, stats, mean, var, len(x)) if mode.updates else stats
+    if not mode.gradient:
+        mean, var = jax.lax.stop_gradient((mean, var))
+    var = var * _correction(norm.batch_variance, len(x))
+    return _affine(params, mean, _inverse_std(norm, var), x), new_stats
+
+
+def _renorm(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tuple[Array, Stats]:
+    """Batch Renorm, arXiv 1702.03275: r and d tie the batch's statistics to the running ones.
+
+    r = clip(std_batch / std_running, 1/r_max, r_max), d = clip((mean_batch - mean_running) /
+    std_running, -d_max, d_max), both without gradient; the running statistics move afterwards.
+    """
+    if not mode.uses_batch:
+        return _batch(norm, params, stats, x, mode)
+    mean, biased = _moments(x)
+    new_stats = _move(norm, stats, mean, biased, len(x)) if mode.updates else stats
+    if not mode.gradient:
+        mean, biased = jax.lax.stop_gradient((mean, biased))
+    var = biased * _correction(norm.batch_variance, len(x))
+    r_max, d_max = _renorm_bounds(norm, stats["count"], x.dtype)
+    running_inverse = _inverse_std(norm, stats["var"])
+    r = jnp.clip(jnp.sqrt(var + norm.eps) * running_inverse, 1 / r_max, r_max)
+    d = jnp.clip((mean - stats["mean"]) * running_inverse, -d_max, d_max)
+    r, d = jax.lax.stop_gradient((r, d))
+    if norm.formula == "folded":
+        # The square root has no gradient at 0, where a constant feature sits: take it as 0 there.
+        positive = var > 0
+        std = jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)
+        return _affine(params, mean - d * std / r, _inverse_std(norm, var / r**2), x), new_stats
+    normalized = (x - mean) * (_inverse_std(norm, var) * r) + d
+    return normalized * params["scale"] + params["bias"], new_stats
+
+
+def _layer(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tuple[Array, Stats]:
+    """Layer norm, arXiv 1607.06450: each row by its own mean and variance over the features."""
+    mean = x.mean(-1, keepdims=True)
+    var = jnp.square(x - mean).mean(-1, keepdims=True)
+    normalized = (x - mean) * jax.lax.rsqrt(var + norm.eps)
+    return normalized * params["scale"] + params["bias"], stats
+
+
+def _group(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tuple[Array, Stats]:
+    """Group norm, arXiv 1803.08494: layer norm within each of `groups` blocks of features."""
+    blocks = x.reshape(*x.shape[:-1], norm.groups, -1)
+    mean = blocks.mean(-1, keepdims=True)
+    var = jnp.square(blocks - mean).mean(-1, keepdims=True)
+    normalized = ((blocks - mean) * jax.lax.rsqrt(var + norm.eps)).reshape(x.shape)
+    return normalized * params["scale"] + params["bias"], stats
+
+
+def _rms(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tuple[Array, Stats]:
+    """RMS norm, arXiv 1910.07467: each row by its root mean square; no shift."""
+    mean_square = jnp.square(x).mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + norm.eps) * params["scale"], stats
+
+
+KINDS: dict[str, Callable[[Norm, Params, Stats, Array, Mode], tuple[Array, Stats]]] = {
+    "none": _none,
+    "batch": _batch,
+    "renorm": _renorm,
+    "layer": _layer,
+    "group": _group,
+    "rms": _rms,
+}
+"""Every normalization by name."""
+
+
+def _moments(x: Array) -> tuple[Array, Array]:
+    mean = x.mean(0)
+    return mean, jnp.square(x - mean).mean(0)
+
+
+def _correction(variance: str, rows: int) -> float:
+    """B / (B - 1) for the unbiased variance; 1 for a batch of one, which has no unbiased one."""
+    return rows / (rows - 1) if variance == "unbiased" and rows > 1 else 1.0
+
+
+def _move(norm: Norm, stats: Stats, mean: Array, biased_var: Array, rows: int) -> Stats:
+    """Exponential moving average of the batch's statistics, carrying no gradient."""
+    mean, var = jax.lax.stop_gradient((mean, biased_var * _correction(norm.running_variance, rows)))
+    rho = norm.momentum
+    return {
+        "mean": stats["mean"] + rho * (mean - stats["mean"]),
+        "var": stats["var"] + rho * (var - stats["var"]),
+        "count": stats["count"] + 1,
+    }
+
+
+def _inverse_std(norm: Norm, var: Array) -> Array:
+    return jax.lax.rsqrt(var + norm.eps)
+
+
+def _affine(params: Params, mean: Array, inverse_std: Array, x: Array) -> Array:
+    return (x - mean) * (inverse_std * params["scale"]) + params["bias"]
+
+
+def _renorm_bounds(norm: Norm, count: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """r_max and d_max after `count` updates of the statistics: 1 and 0 before the warm-up ends."""
+    if norm.warmup == "hard":
+        warm = count >= norm.warmup_steps
+        return (
+            jnp.where(warm, norm.r_max, 1.0).astype(dtype),
+            jnp.where(warm, norm.d_max, 0.0).astype(dtype),
+        )
+    progress = count.astype(dtype) / max(norm.warmup_steps, 1)
+    r_share = jnp.clip((progress - 1 / 8) / (7 / 8), 0, 1)
+    d_share = jnp.clip((progress - 1 / 8) / (4 / 8), 0, 1)
+    return 1 + (norm.r_max - 1) * r_share, norm.d_max * d_share

@@ -1,0 +1,133 @@
+"""The critic's three passes, where the modes that need two batches in one forward are made.
+
+Slot 3 is `policy_q`; slots 4 and 5 are `replay_and_target_q`, together because ``J`` makes them
+one forward pass. Every off-policy agent uses these two.
+
+Shapes: ``B`` batch, ``O`` obs, ``A`` action, ``C`` critics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from batchproof.errors import BatchproofError
+from batchproof.lab.nets import MLP, Network, Tree, q_values
+from batchproof.modes import Mode, Plan, Slot, T
+
+TARGET_STATS = ("copy", "polyak", "stale")
+
+
+class Batch(NamedTuple):
+    """Replayed transitions."""
+
+    obs: Array  # (B, O)
+    action: Array  # (B, A), in [-1, 1]
+    reward: Array  # (B,)
+    next_obs: Array  # (B, O)
+    terminated: Array  # (B,), 1 where the episode truly ended: a truncation bootstraps
+
+
+def _layer_mode(mode: Mode) -> Mode:
+    """The mode a single layer sees: ``J`` and ``M`` are ``T`` on a concatenated batch."""
+    if mode.kind in "JM":
+        return T if mode.updates else Mode("t")
+    return mode
+
+
+def policy_q(
+    mlp: MLP, critic: Network, batch: Batch, policy_action: Array, mode: Mode
+) -> tuple[Array, Tree]:
+    """Slot 3: the critics on (s, pi(s)). In ``M`` the statistics also cover the replayed (s, a).
+
+    Returns:
+        Q (C, B) and the critic's statistics after the pass.
+    """
+    if mode.kind != "M":
+        return q_values(mlp, critic, batch.obs, policy_action, mode)
+    obs = jnp.concatenate([batch.obs, batch.obs])
+    action = jnp.concatenate([policy_action, batch.action])
+    q, stats = q_values(mlp, critic, obs, action, _layer_mode(mode))
+    return q[:, : len(batch.obs)], stats
+
+
+class CriticPasses(NamedTuple):
+    """What slots 4 and 5 give."""
+
+    q: Array  # (C, B), slot 4, with gradient
+    next_q: Array  # (C, B), slot 5, without gradient
+    stats: Tree  # the critic's statistics after both
+    target_stats: Tree  # the target critic's; with no target network, `stats`
+
+
+def replay_and_target_q(
+    mlp: MLP,
+    critic: Network,
+    target: Network | None,
+    batch: Batch,
+    next_action: Array,
+    plan: Plan,
+) -> CriticPasses:
+    """Slots 4 and 5: the critics on (s, a), and the target critics on (s', a').
+
+    Without a target network (``target`` is None) the critic itself values (s', a'), without
+    gradient. With ``J`` both batches go through one forward pass, so that both are normalized by
+    the statistics of their mixture (CrossQ, arXiv 1902.05605, equation 4); a target network then
+    runs on the same mixture.
+    """
+    replay_mode, target_mode = plan[Slot.REPLAY_Q], plan[Slot.TARGET_Q]
+    if plan.joint:
+        rows = len(batch.obs)
+        obs = jnp.concatenate([batch.obs, batch.next_obs])
+        action = jnp.concatenate([batch.action, next_action])
+        both, stats = q_values(mlp, critic, obs, action, _layer_mode(replay_mode))
+        if target is None:
+            next_q, target_stats = both[:, rows:], stats
+        else:
+            target_both, target_stats = q_values(mlp, target, obs, action, _layer_mode(target_mode))
+            next_q = target_both[:, rows:]
+        return CriticPasses(both[:, :rows], jax.lax.stop_gradient(next_q), stats, target_stats)
+
+    # The target's pass comes first, as in Stable-Baselines3: where both move the same running
+    # statistics the order shows.
+    owner = critic if target is None else target
+    next_q, target_stats = q_values(mlp, owner, batch.next_obs, next_action, target_mode)
+    if target is None:
+        critic = Network(critic.params, target_stats)
+    q, stats = q_values(mlp, critic, batch.obs, batch.action, replay_mode)
+    if target is None:
+        target_stats = stats
+    return CriticPasses(q, jax.lax.stop_gradient(next_q), stats, target_stats)
+
+
+def follow(target: Network, online: Network, tau: float, target_stats: str) -> Network:
+    """Move a target network a step ``tau`` towards the online one.
+
+    Its running statistics are replaced (``copy``, what Stable-Baselines3 does since issue 996),
+    averaged like the parameters (``polyak``) or left as they are (``stale``).
+    """
+    params = _polyak(target.params, online.params, tau)
+    if target_stats == "copy":
+        return Network(params, online.stats)
+    if target_stats == "polyak":
+        return Network(params, _polyak(target.stats, online.stats, tau))
+    return Network(params, target.stats)
+
+
+def check_target_stats(name: str) -> None:
+    """Raise a `BatchproofError` unless ``name`` is in `TARGET_STATS`."""
+    if name not in TARGET_STATS:
+        raise BatchproofError(
+            f"unknown target statistics {name!r}: use one of {', '.join(TARGET_STATS)}"
+        )
+
+
+def _polyak(target: Tree, online: Tree, tau: float) -> Tree:
+    def leaf(t: Array, o: Array) -> Array:
+        # Counters are not averaged.
+        return o if jnp.issubdtype(t.dtype, jnp.integer) else t + tau * (o - t)
+
+    return jax.tree.map(leaf, target, online)
