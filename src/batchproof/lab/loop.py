@@ -250,9 +250,7 @@ def run_in_jax(training: Training, seed: Seed, first: Array, last: Array) -> See
         )
         obs = jnp.where(ended, fresh_obs, result.obs)
         seed = seed._replace(env_state=env_state)
-        return absorb(
-            training, seed, step, result.obs, result.reward, result.terminated, obs
-        )
+        return absorb(training, seed, step, result.obs, result.reward, result.terminated, obs)
 
     return jax.lax.fori_loop(first, last, body, seed)
 
@@ -307,9 +305,7 @@ def init_seed(training: Training, key: Array, env: Any, obs_size: int, action_si
     env_state, obs = env.reset(reset_key) if env else ((), jnp.zeros(obs_size))
     rows = replay.init(training.capacity, obs_size, action_size)
     batch = replay.sample(rows, key, jnp.asarray(1), 2, obs_size)
-    names = jax.eval_shape(
-        lambda: training.agent.update(training.config, agent, batch, key, 1)[1]
-    )
+    names = jax.eval_shape(lambda: training.agent.update(training.config, agent, batch, key, 1)[1])
     return Seed(
         key=key,
         agent=agent,
@@ -652,7 +648,7 @@ class _Run:
         return seeds
 
 
-def _make(env: type[JaxEnv], options: dict[str, Any]) -> JaxEnv:
+def _make(env: Any, options: dict[str, Any]) -> JaxEnv:
     try:
         return env.make(**options)
     except TypeError as error:

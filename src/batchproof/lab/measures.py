@@ -1,4 +1,4 @@
-"""What a critic in a given mode shows its actor, in three numbers.
+"""What a critic in a given mode shows its actor, in a few numbers.
 
 Each takes ``q``, a function from a batch of actions (B, A) to their values (B,) with everything
 else fixed: the states, the weights and the mode of slot 3.
@@ -31,6 +31,14 @@ def kappa(q: QFunction, action: Array) -> Array:
     return share.mean()
 
 
+def common_slope(q: QFunction, action: Array) -> Array:
+    """Change of the mean value per unit of a shift of all actions, (): what moves the policy.
+
+    sum_i dQbar/da_i, averaged over action dimensions, in units of return per action unit.
+    """
+    return jax.grad(lambda a: q(a).mean())(action).sum(0).mean()
+
+
 def response_ratio(q: QFunction, action: Array, delta: float = 0.1, rows: int = 16) -> Array:
     """How much less the critic answers a shift of all actions than a shift of one, ().
 
@@ -58,7 +66,11 @@ def seen_advantage(policy_value: Array, replay_value: Array) -> Array:
     return policy_value.mean() - replay_value.mean()
 
 
+JITTER = 0.1  # standard deviation, in action units
+
+
 def report(
+    key: Array,
     q_in: Callable[[Mode, Array], Array],
     policy_action: Array,
     replay_action: Array,
@@ -67,7 +79,11 @@ def report(
 ) -> dict[str, Array]:
     """The measures of one agent on one batch.
 
+    The first three are taken at the policy's actions with a jitter: where all actions are equal,
+    mode T gives no row any gradient, and a share of nothing means nothing.
+
     Args:
+        key: source of the jitter.
         q_in: value (B,) of actions (B, A) on the batch's states, in a mode.
         policy_action: pi(s), (B, A).
         replay_action: the replayed actions (B, A).
@@ -79,9 +95,11 @@ def report(
     def q(action: Array) -> Array:
         return q_in(policy_mode, action)
 
+    near = policy_action + JITTER * jax.random.normal(key, policy_action.shape)
     return {
-        "kappa": kappa(q, policy_action),
-        "response_ratio": response_ratio(q, policy_action),
+        "kappa": kappa(q, near),
+        "common_slope": common_slope(q, near),
+        "response_ratio": response_ratio(q, near),
         "advantage_seen": seen_advantage(q(policy_action), q_in(replay_mode, replay_action)),
         "advantage_running": seen_advantage(q_in(E, policy_action), q_in(E, replay_action)),
     }

@@ -141,7 +141,7 @@ def policy(
     return action, log_prob, stats
 
 
-def draw_noise(key: Array, shape: tuple[int, int]) -> Noise:
+def draw_noise(key: Array, shape: tuple[int, ...]) -> Noise:
     """The noise of one update, for actions of ``shape`` (B, A)."""
     now, later = jax.random.split(key)
     return Noise(jax.random.normal(now, shape), jax.random.normal(later, shape))
@@ -282,12 +282,12 @@ def act(
 
 def measure(config: Config, state: State, batch: Batch, key: Array) -> dict[str, Array]:
     """What the critics show the actor on this batch, see `batchproof.lab.measures`."""
-    noise = draw_noise(key, batch.action.shape).action
+    noise_key, jitter_key = jax.random.split(key)
+    noise = draw_noise(noise_key, batch.action.shape).action
     action, _, _ = policy(config, state.actor, batch.obs, noise, config.plan[Slot.ACTOR_UPDATE])
 
     def q_in(mode: Mode, action: Array) -> Array:
         return policy_q(config.critic, state.critic, batch, action, mode)[0].min(0)
 
-    return measures.report(
-        q_in, action, batch.action, config.plan[Slot.POLICY_Q], config.plan[Slot.REPLAY_Q]
-    )
+    policy_mode, replay_mode = config.plan[Slot.POLICY_Q], config.plan[Slot.REPLAY_Q]
+    return measures.report(jitter_key, q_in, action, batch.action, policy_mode, replay_mode)

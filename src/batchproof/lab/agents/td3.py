@@ -89,6 +89,16 @@ class State(NamedTuple):
     critic_optimizer: Any
 
 
+class _Delayed(NamedTuple):
+    """What an actor update changes."""
+
+    actor: Network
+    actor_optimizer: Any
+    critic_stats: Tree
+    target_actor: Network | None
+    target_critic: Network | None
+
+
 def init(config: Config, key: Array, obs_size: int, action_size: int) -> State:
     """Fresh networks, targets equal to them, and Adam's moments at zero."""
     actor_key, critic_key = jax.random.split(key)
@@ -111,7 +121,7 @@ def policy(config: Config, actor: Network, obs: Array, mode: Mode) -> tuple[Arra
     return jnp.tanh(mean), stats
 
 
-def draw_noise(key: Array, shape: tuple[int, int]) -> Array:
+def draw_noise(key: Array, shape: tuple[int, ...]) -> Array:
     """The standard normal noise (B, A) that one update uses."""
     return jax.random.normal(key, shape)
 
@@ -193,25 +203,38 @@ def update(
             target_critic=Network(state.target_critic.params, passes.target_stats)
         )
 
-    def improve(state: State) -> tuple[State, Array]:
+    # The branch hands back what it changes and nothing else: the rest would be copied.
+    def improve(delayed: _Delayed) -> tuple[_Delayed, Array]:
         (loss, (actor_stats, critic_stats)), grads = jax.value_and_grad(actor_loss, has_aux=True)(
             state.actor.params, config, state, batch
         )
         deltas, actor_optimizer = optimizer.update(grads, state.actor_optimizer)
         actor = Network(optax.apply_updates(state.actor.params, deltas), actor_stats)
-        critic = Network(state.critic.params, critic_stats)
-        state = state._replace(actor=actor, critic=critic, actor_optimizer=actor_optimizer)
-        if state.target_actor is not None and state.target_critic is not None:
-            state = state._replace(
-                target_actor=follow(state.target_actor, actor, config.tau, config.target_stats),
-                target_critic=follow(state.target_critic, critic, config.tau, config.target_stats),
-            )
-        return state, loss
+        target_actor, target_critic = delayed.target_actor, delayed.target_critic
+        if target_actor is not None and target_critic is not None:
+            critic = Network(state.critic.params, critic_stats)
+            target_actor = follow(target_actor, actor, config.tau, config.target_stats)
+            target_critic = follow(target_critic, critic, config.tau, config.target_stats)
+        return _Delayed(actor, actor_optimizer, critic_stats, target_actor, target_critic), loss
 
-    def keep(state: State) -> tuple[State, Array]:
-        return state, jnp.full_like(loss, jnp.nan)
+    def keep(delayed: _Delayed) -> tuple[_Delayed, Array]:
+        return delayed, jnp.full_like(loss, jnp.nan)
 
-    state, policy_loss = jax.lax.cond(step % config.policy_delay == 0, improve, keep, state)
+    delayed = _Delayed(
+        state.actor,
+        state.actor_optimizer,
+        state.critic.stats,
+        state.target_actor,
+        state.target_critic,
+    )
+    delayed, policy_loss = jax.lax.cond(step % config.policy_delay == 0, improve, keep, delayed)
+    state = state._replace(
+        actor=delayed.actor,
+        actor_optimizer=delayed.actor_optimizer,
+        critic=Network(state.critic.params, delayed.critic_stats),
+        target_actor=delayed.target_actor,
+        target_critic=delayed.target_critic,
+    )
     return state, {
         "critic_loss": loss,
         "actor_loss": policy_loss,
@@ -233,13 +256,11 @@ def act(
 
 def measure(config: Config, state: State, batch: Batch, key: Array) -> dict[str, Array]:
     """What the critic shows the actor on this batch, see `batchproof.lab.measures`."""
-    del key
     action, _ = policy(config, state.actor, batch.obs, config.plan[Slot.ACTOR_UPDATE])
     first = jax.tree.map(lambda leaf: leaf[:1], state.critic)
 
     def q_in(mode: Mode, action: Array) -> Array:
         return policy_q(config.critic, first, batch, action, mode)[0][0]
 
-    return measures.report(
-        q_in, action, batch.action, config.plan[Slot.POLICY_Q], config.plan[Slot.REPLAY_Q]
-    )
+    policy_mode, replay_mode = config.plan[Slot.POLICY_Q], config.plan[Slot.REPLAY_Q]
+    return measures.report(key, q_in, action, batch.action, policy_mode, replay_mode)

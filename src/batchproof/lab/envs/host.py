@@ -90,12 +90,14 @@ class HostEnvs:
         self._envs = [make(env_id, option) for option in options]
         self._seeds = seeds
         self._purpose = purpose
-        space = self._envs[0].action_space
+        space, obs_space = self._envs[0].action_space, self._envs[0].observation_space
+        assert isinstance(space, gymnasium.spaces.Box)
+        assert isinstance(obs_space, gymnasium.spaces.Box)
         self._low = space.low.reshape(-1).astype(np.float64)
         self._high = space.high.reshape(-1).astype(np.float64)
         self._action_shape = space.shape
         self._action_dtype = space.dtype
-        self.obs_size = int(np.prod(self._envs[0].observation_space.shape))
+        self.obs_size = int(np.prod(obs_space.shape))
         self.action_size = int(np.prod(space.shape))
         self._episode = [0] * len(seeds)
         # The actions of each unfinished episode, for resuming.

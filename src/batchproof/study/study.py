@@ -1,0 +1,76 @@
+"""What every study shares: run cells one after another, and write down what they gave.
+
+A cell is one run of the lab (all its seeds at once) in a folder of its own. A study that was
+stopped runs again and finds its finished cells, and the last checkpoint of the unfinished one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchproof import records
+from batchproof.lab.loop import Result, Training, train, write_metrics
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study: a name that is also its folder's, and what to train."""
+
+    name: str
+    training: Training
+
+
+def run_cells(cells: Sequence[Cell], out: Path, progress: bool, command: str) -> dict[str, Result]:
+    """Run the cells in order, each in ``out/cells/NAME``; finished ones are read back."""
+    results = {}
+    for i, cell in enumerate(cells):
+        results[cell.name] = train(
+            cell.training,
+            out / "cells" / cell.name,
+            progress=progress,
+            label=f"{i + 1}/{len(cells)} {cell.name}",
+            command=command,
+        )
+    return results
+
+
+def write_all_metrics(path: Path, parts: Sequence[dict[str, np.ndarray]]) -> None:
+    """Stack the columns of several runs into one Parquet file; a column a part lacks is NaN."""
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    columns = {}
+    for name in names:
+        pieces = []
+        for part in parts:
+            rows = len(next(iter(part.values())))
+            pieces.append(part.get(name, np.full(rows, np.nan)))
+        columns[name] = np.concatenate(pieces)
+    write_metrics(path, columns)
+
+
+def study_record(
+    name: str,
+    claims: list[dict[str, Any]],
+    conditions: list[dict[str, Any]],
+    *,
+    seeds: int,
+    steps: int,
+    wall_s: float,
+    command: str,
+) -> dict[str, Any]:
+    """The content of ``study.json``."""
+    return {
+        "study": name,
+        "claims": claims,
+        "conditions": conditions,
+        "seeds": seeds,
+        "steps": steps,
+        "wall_s": wall_s,
+        "versions": records.versions("jax", "jaxlib", "optax", "numpy", "scipy", "matplotlib"),
+        "machine": records.machine(),
+        "command": command,
+    }

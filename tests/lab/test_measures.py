@@ -1,0 +1,267 @@
+"""The common-mode theorem, and the other measures on critics where the answer is known.
+
+Theorem: let batch statistics with gradient stand on the first affine layer that the action enters,
+or on its input. A shift of all the batch's actions by one vector then moves every row of that layer
+alike and is subtracted again, so the critic's values do not change and the actor's gradient has no
+component along it.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from batchproof.lab import measures, nets
+from batchproof.lab.nets import MLP, Network
+from batchproof.lab.norms import Norm
+from batchproof.lab.passes import Batch, policy_q
+from batchproof.modes import B as BYPASS
+from batchproof.modes import E, Mode, S, T
+
+O, A, B = 3, 2, 32  # noqa: E741
+M = Mode("M")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _float64():
+    # Nearly all the time goes into compiling, so compile fast.
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.enable_x64(True):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def draw_critics(mlp, seed):
+    """Two critics whose running statistics are those of another batch than the test's."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(x):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.zeros(x.shape, x.dtype)
+        return jnp.asarray(rng.uniform(0.1, 0.9, x.shape) * rng.choice([-1, 1], x.shape))
+
+    def init(key):
+        return nets.init_critics(key, mlp, O, A, 2)
+
+    critics = Network(*jax.tree.map(leaf, jax.eval_shape(init, jax.random.key(0))))
+    if mlp.norm.kind not in ("batch", "renorm"):
+        return critics
+    only_this_batch = replace(mlp, norm=replace(mlp.norm, kind="batch", momentum=1.0))
+    obs, action = jnp.asarray(rng.normal(size=(B, O))), jnp.asarray(rng.uniform(-1, 1, (B, A)))
+    _, stats = nets.q_values(only_this_batch, critics, obs, action, T)
+    return Network(critics.params, stats)
+
+
+def draw_problem(norm, mode, states="random", seed=0):
+    """The lesser of two critics' values as a function of the actions, and actions to ask about."""
+    rng = np.random.default_rng(100 + seed)
+    mlp = MLP((8, 8), norm)
+    critics = draw_critics(mlp, seed)
+    obs = rng.normal(size=(B, O)) if states == "random" else np.full((B, O), 0.3)
+    batch = Batch(
+        obs=jnp.asarray(obs),
+        action=jnp.asarray(rng.uniform(-1, 1, (B, A))),
+        reward=jnp.zeros(B),
+        next_obs=jnp.asarray(obs),
+        terminated=jnp.zeros(B),
+    )
+
+    def q(action):
+        return policy_q(mlp, critics, batch, action, mode)[0].min(0)
+
+    return q, jnp.asarray(rng.uniform(-1, 1, (B, A)))
+
+
+def actors_gradient(q, action):
+    return jax.grad(lambda a: q(a).mean())(action)
+
+
+def batch_norms(placement, eps=1e-5):
+    return [
+        Norm("batch", placement, eps=eps),
+        Norm("renorm", placement, eps=eps),
+        Norm("renorm", placement, eps=eps, formula="folded"),
+    ]
+
+
+@pytest.mark.parametrize("states", ["random", "constant"])
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
+@pytest.mark.parametrize("placement", ["pre", "input", "input+post", "pre+post"])
+def test_in_t_the_actor_sees_no_common_mode(placement, eps, states):
+    for norm in batch_norms(placement, eps):
+        q, action = draw_problem(norm, T, states)
+        assert np.abs(actors_gradient(q, action)).sum() > 1e-3  # a gradient, but none in common
+        assert measures.kappa(q, action) <= 1e-12
+        assert abs(measures.common_slope(q, action)) <= 1e-12
+        if norm.kind == "batch":
+            np.testing.assert_allclose(q(action + 0.7), q(action), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", [E, S, M, BYPASS])
+@pytest.mark.parametrize("placement", ["pre", "input+post"])
+def test_the_other_modes_show_the_common_mode(placement, mode):
+    for norm in batch_norms(placement):
+        for states in ("random", "constant"):
+            q, action = draw_problem(norm, mode, states)
+            assert np.abs(actors_gradient(q, action)).sum() > 1e-3
+            assert measures.kappa(q, action) > 1e-3
+
+
+@pytest.mark.parametrize("placement", ["before-action", "post"])
+def test_in_t_the_common_mode_survives_these_placements(placement):
+    """Before the action there is nothing to subtract; after a ReLU a shift is no longer common."""
+    for norm in batch_norms(placement):
+        for states in ("random", "constant"):
+            q, action = draw_problem(norm, T, states)
+            assert np.abs(actors_gradient(q, action)).sum() > 1e-3
+            assert measures.kappa(q, action) > 1e-3
+
+
+def test_in_t_right_before_the_last_layer_one_critics_mean_value_has_no_gradient():
+    """TD3's actor learns nothing there: each row's value moves, their mean is the last bias."""
+    mlp = MLP((8, 8), Norm("batch", "post"))
+    critics = draw_critics(mlp, 0)
+    rng = np.random.default_rng(1)
+    obs, action = jnp.asarray(rng.normal(size=(B, O))), jnp.asarray(rng.uniform(-1, 1, (B, A)))
+
+    def q(action):
+        return nets.q_values(mlp, critics, obs, action, T)[0][0]
+
+    np.testing.assert_allclose(actors_gradient(q, action), 0, atol=1e-14)
+    assert np.abs(q(action + 0.5) - q(action)).max() > 1e-2
+    assert q(action).mean() == pytest.approx(q(-action).mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_one_state_and_one_action_for_all_leave_no_gradient(placement):
+    """A deterministic actor in a constant state: T tells it nothing at all."""
+    for norm in batch_norms(placement):
+        q, action = draw_problem(norm, T, "constant")
+        same = jnp.broadcast_to(action[:1], action.shape)
+        np.testing.assert_allclose(actors_gradient(q, same), 0, atol=1e-14)
+
+
+def linear_q(weights):
+    return lambda action: action @ jnp.asarray(weights)
+
+
+def test_kappa_and_slope_by_hand():
+    """Qbar = mean of w_i a_i: the gradients are w_i / B."""
+    action = jnp.zeros((4, 1))
+    weights = jnp.array([3.0, -1.0, 1.0, -1.0])
+
+    def q(action):
+        return weights * action[:, 0]
+
+    assert measures.kappa(q, action) == pytest.approx(2 / 6)
+    assert measures.common_slope(q, action) == pytest.approx(2 / 4)
+
+
+def test_kappa_averages_over_action_dimensions():
+    """One dimension wants a common move (1), the other cancels out (0)."""
+    signs = jnp.array([1.0, -1.0, 1.0, -1.0])
+
+    def q(action):
+        return action[:, 0] + signs * action[:, 1]
+
+    assert measures.kappa(q, jnp.zeros((4, 2))) == pytest.approx(0.5)
+    assert measures.common_slope(q, jnp.zeros((4, 2))) == pytest.approx(0.5)
+
+
+def test_kappa_is_one_where_all_rows_agree_and_zero_where_none_has_a_gradient():
+    action = jnp.zeros((4, 2))
+    assert measures.kappa(linear_q([2.0, -1.0]), action) == pytest.approx(1)
+    assert measures.kappa(lambda a: jnp.ones(len(a)), action) == 0
+
+
+@pytest.mark.parametrize(
+    ("norm", "mode"),
+    [
+        (Norm("batch"), E),
+        (Norm("renorm"), E),
+        (Norm("batch"), BYPASS),
+        (Norm("layer"), T),
+        (Norm("none"), T),
+    ],
+)
+def test_response_ratio_is_one_without_coupling(norm, mode):
+    assert measures.response_ratio(*draw_problem(norm, mode)) == pytest.approx(1, abs=1e-9)
+
+
+def test_response_ratio_is_zero_in_t():
+    for norm in batch_norms("pre"):
+        assert measures.response_ratio(*draw_problem(norm, T)) <= 1e-9
+
+
+def test_response_ratio_is_about_half_in_m():
+    for seed in range(3):
+        ratio = measures.response_ratio(*draw_problem(Norm("batch"), M, seed=seed))
+        assert 0.3 < ratio < 0.7
+
+
+def test_response_ratio_by_hand():
+    """Values with half their batch mean taken off: 1/2 for all, 1 - 1/(2 B) for one row."""
+
+    def q(action):
+        return action[:, 0] - 0.5 * action[:, 0].mean()
+
+    action = jnp.asarray(np.random.default_rng(0).normal(size=(8, 1)))
+    by_hand = 0.5 / (1 - 1 / 16)
+    assert measures.response_ratio(q, action) == pytest.approx(by_hand)
+    assert measures.response_ratio(q, action, delta=1.0, rows=3) == pytest.approx(by_hand)
+
+
+def test_advantage_is_erased_in_t():
+    """Through BN before a last linear layer the batch's mean value does not know the actions."""
+    mlp = MLP((8,), Norm("batch", "post"))
+    critics = draw_critics(mlp, 0)
+    rng = np.random.default_rng(1)
+    obs = jnp.asarray(rng.normal(size=(B, O)))
+    good, bad = (jnp.asarray(rng.normal(shift, 0.1, (B, A))) for shift in (2, -2))
+
+    def q(mode, action):
+        return nets.q_values(mlp, critics, obs, action, mode)[0][0]
+
+    assert abs(measures.seen_advantage(q(E, good), q(E, bad))) > 0.1
+    assert abs(measures.seen_advantage(q(T, good), q(T, bad))) < 1e-12
+
+
+def test_report_asks_in_the_modes_of_the_plan():
+    """Kappa, slope, ratio and the seen advantage in the plan's modes, the running one in E."""
+    values = {"T": 1.0, "E": 10.0, "M": 100.0}
+    asked = set()
+
+    def q_in(mode, action):
+        asked.add(mode.letter)
+        return values[mode.letter] * action[:, 0]
+
+    key, ours, replayed = jax.random.key(0), jnp.full((4, 1), 2.0), jnp.full((4, 1), 0.5)
+    report = measures.report(key, q_in, ours, replayed, M, T)
+    assert report["kappa"] == pytest.approx(1)
+    assert report["common_slope"] == pytest.approx(100)
+    assert report["response_ratio"] == pytest.approx(1)
+    assert report["advantage_seen"] == pytest.approx(100 * 2 - 0.5)
+    assert report["advantage_running"] == pytest.approx(10 * 1.5)
+    # A joint forward is taken as T.
+    joint = measures.report(key, q_in, ours, replayed, E, Mode("J"))
+    assert joint["advantage_seen"] == pytest.approx(10 * 2 - 0.5)
+    assert asked == {"T", "E", "M"}
+
+
+def test_report_is_taken_near_equal_actions_not_at_them():
+    """At equal actions in a constant state T leaves no gradient; near them kappa is 0, in S not."""
+    mlp = MLP((8, 8), Norm("batch"))
+    critics = draw_critics(mlp, 0)
+    obs, same = jnp.zeros((B, O)), jnp.zeros((B, A))
+    replayed = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (B, A)))
+
+    def q_in(mode, action):
+        return nets.q_values(mlp, critics, obs, action, mode)[0][0]
+
+    in_t = measures.report(jax.random.key(0), q_in, same, replayed, T, T)
+    in_s = measures.report(jax.random.key(0), q_in, same, replayed, S, T)
+    assert in_t["kappa"] <= 1e-12
+    assert in_t["response_ratio"] <= 1e-9
+    assert in_s["kappa"] > 1e-3
