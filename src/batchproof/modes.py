@@ -110,7 +110,7 @@ PRESETS = {
     "crossq": "TEEJJ",
     "ma-bn": "TTETT",
 }
-"""Plans by name: what Stable-Baselines3's TD3 and SAC run, 
+"""Plans by name: what Stable-Baselines3's TD3 and SAC run,
 CrossQ (arXiv 1902.05605), MA-BN (arXiv 2509.23750)."""
 
 

@@ -44,7 +44,7 @@ class ConstantRewardEnv(_Env):
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
 
     def __init__(self, ending: str = "terminated") -> None:
-        """Episodes end as ``terminated`` (no value beyond) or ``truncated`` (value bootstrapped)."""
+        """Episodes end as ``terminated`` (no value beyond) or ``truncated`` (bootstrapped)."""
         check_ending(ending)
         self.observation_space = gymnasium.spaces.Box(-1.0, 1.0, (3,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)

@@ -4,6 +4,7 @@ Importing it gives JAX one CPU device for each core, so that `batchproof.lab.pop
 seeds over cores. That has an effect only before JAX's first computation in the process.
 """
 
+import contextlib
 import os
 
 try:
@@ -19,10 +20,8 @@ except ModuleNotFoundError as error:  # the base install has no JAX
 def _one_device_per_core() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # JAX raises once a backend is running: then the process keeps the devices it has.
-    try:
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", cores or 1)
-    except RuntimeError:
-        pass
 
 
 _one_device_per_core()

@@ -27,7 +27,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jax import Array
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from batchproof import records
@@ -201,39 +200,47 @@ def absorb(
     """Store the transition of environment step ``step`` (from 0), learn, and move to ``obs``."""
     rows = replay.insert(seed.rows, step, seed.obs, seed.action, reward, next_obs, terminated)
     seed = seed._replace(rows=rows, obs=obs)
-    # Shared by all seeds, so it stays a branch under vmap.
-    return jax.lax.cond(
+    # The predicate is shared by all seeds, so this stays a branch under vmap. The branch hands back
+    # what it changes and only reads the replay: what passes through a branch may be copied.
+    before = Learned(seed.agent, seed.sums, seed.counts, seed.diverged_at)
+    after = jax.lax.cond(
         step >= training.learning_starts,
-        lambda seed: learn(training, seed, step),
-        lambda seed: seed,
-        seed,
+        lambda before: learn(training, before, seed, step),
+        lambda before: before,
+        before,
     )
+    return seed._replace(**after._asdict())
 
 
-def learn(training: Training, seed: Seed, step: Array) -> Seed:
-    """The gradient steps that follow environment step ``step`` (from 0)."""
-    key = step_keys(seed.key, step).learn
+class Learned(NamedTuple):
+    """What learning changes of a `Seed`."""
+
+    agent: Any
+    sums: dict[str, Array]
+    counts: dict[str, Array]
+    diverged_at: Array
+
+
+def learn(training: Training, before: Learned, seed: Seed, step: Array) -> Learned:
+    """The gradient steps that follow environment step ``step`` (from 0), on the seed's replay."""
+    agent, sums, counts, diverged_at = before
+    learn_key = step_keys(seed.key, step).learn
     filled = jnp.minimum(step + 1, len(seed.rows))
     for i in range(training.gradient_steps):
         number = (step - training.learning_starts) * training.gradient_steps + i + 1
-        sample_key, update_key = jax.random.split(jax.random.fold_in(key, i))
+        sample_key, update_key = jax.random.split(jax.random.fold_in(learn_key, i))
         batch = replay.sample(
             seed.rows, sample_key, filled, training.config.batch_size, seed.obs.shape[0]
         )
-        agent, metrics = training.agent.update(
-            training.config, seed.agent, batch, update_key, number
-        )
+        agent, metrics = training.agent.update(training.config, agent, batch, update_key, number)
         sound = jnp.isfinite(metrics["critic_loss"]) & (jnp.abs(metrics["q"]) < DIVERGED_Q)
-        newly = (seed.diverged_at == NOT_DIVERGED) & ~sound
+        newly = (diverged_at == NOT_DIVERGED) & ~sound
+        diverged_at = jnp.where(newly, step + 1, diverged_at)
         # NaN means "not computed in this step" (a delayed actor) and does not count.
         known = {name: ~jnp.isnan(value) for name, value in metrics.items()}
-        seed = seed._replace(
-            agent=agent,
-            diverged_at=jnp.where(newly, step + 1, seed.diverged_at),
-            sums={n: seed.sums[n] + jnp.where(known[n], metrics[n], 0) for n in metrics},
-            counts={n: seed.counts[n] + known[n] for n in metrics},
-        )
-    return seed
+        sums = {n: sums[n] + jnp.where(known[n], metrics[n], 0) for n in metrics}
+        counts = {n: counts[n] + known[n] for n in metrics}
+    return Learned(agent, sums, counts, diverged_at)
 
 
 def run_in_jax(training: Training, seed: Seed, first: Array, last: Array) -> Seed:
@@ -409,8 +416,174 @@ def write_metrics(path: Path, columns: dict[str, Any]) -> None:
         pq.write_table(pa.table(columns), file)
 
 
+class Stepper:
+    """All seeds of a run in memory: compiled functions, environments, and how far they are.
+
+    Attributes:
+        step: environment steps done by each seed.
+        seed: a `Seed` whose leaves have a leading axis P.
+    """
+
+    def __init__(self, training: Training) -> None:
+        """Build environments and networks; nothing is compiled yet."""
+        self.training = training
+        self.mesh = population.mesh_for(len(training.seeds))
+        # Padding copies the last seed; its rows are dropped wherever results are read.
+        self.seeds = population.padded(list(training.seeds), self.mesh)
+        last = len(training.seeds) - 1
+        options = [training.options_of(min(i, last)) for i in range(len(self.seeds))]
+        self._envs: HostEnvs | None = None
+        self._eval_envs: HostEnvs | None = None
+        jax_env = None if training.host_env else JAX_ENVS.get(training.env_id)
+        if jax_env is not None:
+            env: Any = _stacked([_make(jax_env, option) for option in options])
+            self.obs_size, self.action_size = jax_env.obs_size, jax_env.action_size
+        else:
+            env = ()
+            self._envs = HostEnvs(training.env_id, options, self.seeds, TRAIN)
+            self._eval_envs = HostEnvs(training.env_id, options, self.seeds, EVALUATE)
+            self.obs_size, self.action_size = self._envs.obs_size, self._envs.action_size
+        self._compile()
+        self.step = 0
+        self.seed = population.place(self._init(population.keys(self.seeds), env), self.mesh)
+        # The actions of the next step, on the host only.
+        self._actions: np.ndarray | None = None
+
+    def _compile(self) -> None:
+        training, mesh = self.training, self.mesh
+        over_seeds = population.over_seeds
+
+        def host_step(seed: Seed, step: Array, packed: Array) -> tuple[Seed, Array]:
+            next_obs, obs, rest = jnp.split(packed, (self.obs_size, 2 * self.obs_size))
+            seed = absorb(training, seed, step, next_obs, rest[0], rest[1], obs)
+            seed = choose(training, seed, step + 1)
+            return seed, seed.action
+
+        def start(seed: Seed, obs: Array) -> tuple[Seed, Array]:
+            seed = choose(training, seed._replace(obs=obs), jnp.asarray(0))
+            return seed, seed.action
+
+        def reset_sums(seed: Seed) -> Seed:
+            sums, counts = jax.tree.map(jnp.zeros_like, (seed.sums, seed.counts))
+            return seed._replace(sums=sums, counts=counts)
+
+        def act(agent: Any, obs: Array) -> Array:
+            key = jax.random.key(0)  # not used: no exploration
+            action, _ = training.agent.act(training.config, agent, obs, key, explore=False)
+            return jnp.nan_to_num(action)
+
+        self._init = over_seeds(
+            lambda key, env: init_seed(training, key, env, self.obs_size, self.action_size), mesh
+        )
+        self._run_in_jax = over_seeds(
+            lambda seed, first, last: run_in_jax(training, seed, first, last),
+            mesh,
+            shared=(1, 2),
+            donate=True,
+        )
+        self._evaluate_in_jax = over_seeds(lambda seed: evaluate_in_jax(training, seed), mesh)
+        self._host_step = over_seeds(host_step, mesh, shared=(1,), donate=True)
+        self._start = over_seeds(start, mesh, donate=True)
+        self._act = over_seeds(act, mesh)
+        self._measure = over_seeds(
+            lambda seed, step: measure(training, seed, step), mesh, shared=(1,)
+        )
+        self._reset_sums = over_seeds(reset_sums, mesh, donate=True)
+
+    def close(self) -> None:
+        """Close the host's environments."""
+        for envs in (self._envs, self._eval_envs):
+            if envs is not None:
+                envs.close()
+
+    def advance(self, last: int, done: Callable[[int], Any] = lambda steps: None) -> None:
+        """Run until ``last`` environment steps are done; tell ``done`` how many just were."""
+        if self._envs is None:
+            self.seed = self._run_in_jax(self.seed, self.step, last)
+            jax.block_until_ready(self.seed.diverged_at)
+            done(last - self.step)
+        else:
+            if self._actions is None:
+                self.seed, actions = self._start(self.seed, self._envs.reset())
+                self._actions = np.asarray(actions)
+            for step in range(self.step, last):
+                result = self._envs.step(self._actions)
+                # One transfer to the device a step, not four.
+                packed = np.concatenate(
+                    [
+                        result.next_obs,
+                        result.obs,
+                        result.reward[:, None],
+                        result.terminated[:, None].astype(np.float32),
+                    ],
+                    axis=1,
+                )
+                self.seed, actions = self._host_step(self.seed, step, packed)
+                self._actions = np.asarray(actions)
+                done(1)
+        self.step = last
+
+    def evaluate(self) -> np.ndarray:
+        """Returns (P, eval_episodes) of deterministic episodes, the same ones every time."""
+        if self._eval_envs is None:
+            return np.asarray(self._evaluate_in_jax(self.seed))
+        count = len(self.seeds)
+        returns = np.zeros((count, self.training.eval_episodes))
+        for episode in range(self.training.eval_episodes):
+            obs = self._eval_envs.reset(episode)
+            over = np.zeros(count, bool)
+            while not over.all():
+                result = self._eval_envs.step(np.asarray(self._act(self.seed.agent, obs)))
+                returns[~over, episode] += result.reward[~over]
+                over |= result.ended
+                obs = result.obs
+        return returns
+
+    def measure(self) -> dict[str, np.ndarray]:
+        """Metrics since the last call, and the agent's measures: (P,) each."""
+        measured = self._measure(self.seed, self.step)
+        self.seed = self._reset_sums(self.seed)
+        return {name: np.asarray(values) for name, values in measured.items()}
+
+    def diverged_at(self) -> np.ndarray:
+        """The environment step of each seed's divergence or `NOT_DIVERGED`, (P,)."""
+        return np.asarray(self.seed.diverged_at)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint from which `restore` continues exactly."""
+        rows = self.seed.rows[:, : min(self.step, self.training.capacity)]
+        extra = {"envs": self._envs.state()} if self._envs is not None else {}
+        checkpoint.save_checkpoint(folder, self.step, self.seed._replace(rows=rows), extra)
+
+    def save_agents(self, folder: Path) -> None:
+        """Write a checkpoint of the agents alone: a finished run has nothing to resume."""
+        checkpoint.save_checkpoint(folder, self.step, {"agent": self.seed.agent}, {})
+
+    def restore(self, folder: Path) -> None:
+        """Continue at the checkpoint in ``folder``.
+
+        Raises:
+            BatchproofError: it is damaged or another run's, or the environment did not repeat
+                itself from the same seed and actions.
+        """
+        step, loaded, extra = checkpoint.load_checkpoint(folder, self.seed)
+        missing = self.training.capacity - loaded.rows.shape[1]
+        rows = np.pad(loaded.rows, ((0, 0), (0, missing), (0, 0)))
+        self.seed = population.place(loaded._replace(rows=rows), self.mesh)
+        self.step = step
+        if self._envs is not None:
+            obs = self._envs.restore(extra["envs"])
+            if not np.array_equal(obs, np.asarray(self.seed.obs)):
+                raise BatchproofError(
+                    f"{folder}: {self.training.env_id} did not repeat its episode from the same "
+                    "seed and actions, so this run cannot be resumed exactly: "
+                    "delete its folder to start over"
+                )
+            self._actions = np.asarray(self.seed.action)
+
+
 class _Run:
-    """One run in progress: compiled functions, host environments, and the rows so far."""
+    """A run and its folder: when to evaluate, what to write down."""
 
     def __init__(
         self,
@@ -424,158 +597,49 @@ class _Run:
         self.out = out
         self.command = command
         self.checkpoint_seconds = checkpoint_seconds
-        self.mesh = population.mesh_for(len(training.seeds))
-        # Padding copies the last seed; its rows are dropped wherever results are read.
-        self.seeds = population.padded(list(training.seeds), self.mesh)
-        last = len(training.seeds) - 1
-        self.options = [training.options_of(min(i, last)) for i in range(len(self.seeds))]
+        self.stepper = Stepper(training)
         self.rows: list[dict[str, Any]] = []
         self.writer = _tensorboard_writer(out) if tensorboard else None
-        self.envs: HostEnvs | None = None
-        self.eval_envs: HostEnvs | None = None
-        jax_env = None if training.host_env else JAX_ENVS.get(training.env_id)
-        if jax_env is not None:
-            self.env: JaxEnv | tuple[()] = _stacked([_make(jax_env, o) for o in self.options])
-            self.obs_size, self.action_size = jax_env.obs_size, jax_env.action_size
-        else:
-            self.env = ()
-            self.envs = HostEnvs(training.env_id, self.options, self.seeds, TRAIN)
-            self.eval_envs = HostEnvs(training.env_id, self.options, self.seeds, EVALUATE)
-            self.obs_size, self.action_size = self.envs.obs_size, self.envs.action_size
-        self._compile()
-
-    def _compile(self) -> None:
-        training, mesh = self.training, self.mesh
-
-        def over_seeds(
-            function: Callable[..., Any], shared: tuple[int, ...] = (), donate: bool = False
-        ) -> Any:
-            return population.over_seeds(function, mesh, shared, donate)
-
-        def host_step(seed: Seed, step: Array, packed: Array) -> tuple[Seed, Array]:
-            next_obs, obs, rest = jnp.split(packed, (self.obs_size, 2 * self.obs_size))
-            seed = absorb(training, seed, step, next_obs, rest[0], rest[1], obs)
-            seed = choose(training, seed, step + 1)
-            return seed, seed.action
-
-        def start(seed: Seed, obs: Array) -> tuple[Seed, Array]:
-            seed = choose(training, seed._replace(obs=obs), jnp.asarray(0))
-            return seed, seed.action
-
-        def reset_sums(seed: Seed) -> Seed:
-            zero = jax.tree.map(jnp.zeros_like, (seed.sums, seed.counts))
-            return seed._replace(sums=zero[0], counts=zero[1])
-
-        def act(agent: Any, obs: Array) -> Array:
-            key = jax.random.key(0)  # not used: no exploration
-            action, _ = training.agent.act(training.config, agent, obs, key, explore=False)
-            return jnp.nan_to_num(action)
-
-        self.init = over_seeds(
-            lambda key, env: init_seed(training, key, env, self.obs_size, self.action_size)
-        )
-        self.run_in_jax = over_seeds(
-            lambda seed, first, last: run_in_jax(training, seed, first, last), (1, 2), donate=True
-        )
-        self.evaluate_in_jax = over_seeds(lambda seed: evaluate_in_jax(training, seed))
-        self.host_step = over_seeds(host_step, (1,), donate=True)
-        self.start = over_seeds(start, donate=True)
-        self.act = over_seeds(act)
-        self.measure = over_seeds(lambda seed, step: measure(training, seed, step), (1,))
-        self.reset_sums = over_seeds(reset_sums, donate=True)
 
     def close(self) -> None:
-        for envs in (self.envs, self.eval_envs):
-            if envs is not None:
-                envs.close()
+        self.stepper.close()
         if self.writer is not None:
             self.writer.close()
 
     def run(self, progress: bool, label: str) -> Result:
-        training = self.training
+        stepper, steps = self.stepper, self.training.steps
         began = time.perf_counter()
-        seed = self.init(population.keys(self.seeds), self.env)
-        step, actions, seed = self._begin(seed)
-        self._write_record("running", seed, 0.0)
-        saved = time.monotonic()
-        with _bar(progress, label, training.steps, step) as bar:
-            while step < training.steps:
-                last = min(_next_multiple(step, training.evaluation_interval), training.steps)
-                if self.envs is None:
-                    seed = self.run_in_jax(seed, step, last)
-                    jax.block_until_ready(seed.diverged_at)
-                    bar.update(last - step)
-                else:
-                    for one in range(step, last):
-                        seed, actions = self._host_step(seed, one, actions)
-                        bar.update(1)
-                step = last
-                seed = self._evaluate(seed, step, bar)
-                due = time.monotonic() - saved >= self.checkpoint_seconds
-                if due and step < training.steps:
-                    self._save(seed, step, actions)
-                    saved = time.monotonic()
-        wall_s = time.perf_counter() - began
-        self._save_agent(seed)
-        self._write_metrics()
-        seeds = self._write_record("finished", seed, wall_s)
-        return Result(_columns(self.rows), seeds, wall_s)
-
-    def _begin(self, seed: Seed) -> tuple[int, np.ndarray | None, Seed]:
-        """The seed, from the last checkpoint if there is one, with its step and next actions."""
         folder = self.out / "checkpoint"
         if checkpoint.read_state(folder) is not None:
-            step, loaded, extra = checkpoint.load_checkpoint(folder, seed)
-            missing = len(seed.rows[0]) - loaded.rows.shape[1]
-            rows = np.pad(loaded.rows, ((0, 0), (0, missing), (0, 0)))
-            seed = population.place(loaded._replace(rows=rows), self.mesh)
+            stepper.restore(folder)
             columns = read_metrics(self.out / "metrics.parquet")
-            self.rows = [row for row in _rows(columns) if row["step"] <= step]
-            if self.envs is not None:
-                obs = self.envs.restore(extra["envs"])
-                if not np.array_equal(obs, np.asarray(seed.obs)):
-                    raise BatchproofError(
-                        f"{self.out}: {self.training.env_id} did not repeat its episode from the "
-                        "same seed and actions, so this run cannot be resumed exactly: "
-                        "delete the folder to start over"
-                    )
-            return step, np.asarray(seed.action), seed
-        seed = population.place(seed, self.mesh)
-        if self.envs is None:
-            return 0, None, seed
-        seed, actions = self.start(seed, self.envs.reset())
-        return 0, np.asarray(actions), seed
+            self.rows = [row for row in _rows(columns) if row["step"] <= stepper.step]
+        self._write_record("running", 0.0)
+        saved = time.monotonic()
+        with _bar(progress, label, steps, stepper.step) as bar:
+            while stepper.step < steps:
+                due = _next_multiple(stepper.step, self.training.evaluation_interval)
+                stepper.advance(min(due, steps), bar.update)
+                self._evaluate(bar)
+                if stepper.step < steps and time.monotonic() - saved >= self.checkpoint_seconds:
+                    # The rows first: no checkpoint stands for evaluations that are not on disk.
+                    self._write_metrics()
+                    stepper.save(folder)
+                    saved = time.monotonic()
+        wall_s = time.perf_counter() - began
+        stepper.save_agents(folder)
+        self._write_metrics()
+        seeds = self._write_record("finished", wall_s)
+        return Result(_columns(self.rows), seeds, wall_s)
 
-    def _host_step(
-        self, seed: Seed, step: int, actions: np.ndarray | None
-    ) -> tuple[Seed, np.ndarray]:
-        assert self.envs is not None
-        assert actions is not None
-        result = self.envs.step(actions)
-        packed = np.concatenate(
-            [
-                result.next_obs,
-                result.obs,
-                result.reward[:, None],
-                result.terminated[:, None].astype(np.float32),
-            ],
-            axis=1,
-        )
-        seed, device_actions = self.host_step(seed, step, packed)
-        return seed, np.asarray(device_actions)
-
-    def _evaluate(self, seed: Seed, step: int, bar: Any) -> Seed:
-        if self.envs is None:
-            returns = np.asarray(self.evaluate_in_jax(seed))
-        else:
-            returns = self._evaluate_on_host(seed)
-        measures = {k: np.asarray(v) for k, v in self.measure(seed, step).items()}
-        diverged_at = np.asarray(seed.diverged_at)
+    def _evaluate(self, bar: Any) -> None:
+        returns, measures = self.stepper.evaluate(), self.stepper.measure()
+        diverged_at = self.stepper.diverged_at()
         for i, number in enumerate(self.training.seeds):
             sound = diverged_at[i] == NOT_DIVERGED
             row = {
                 "seed": number,
-                "step": step,
+                "step": self.stepper.step,
                 "return": float(returns[i].mean()) if sound else math.nan,
                 "diverged": not sound,
             }
@@ -584,43 +648,15 @@ class _Run:
             if self.writer is not None:
                 for name, value in row.items():
                     if name not in ("seed", "step"):
-                        self.writer.add_scalar(f"seed_{number}/{name}", float(value), step)
+                        self.writer.add_scalar(f"seed_{number}/{name}", float(value), row["step"])
         last = [row["return"] for row in self.rows[-len(self.training.seeds) :]]
         bar.set_postfix_str(_postfix(last), refresh=False)
-        return self.reset_sums(seed)
-
-    def _evaluate_on_host(self, seed: Seed) -> np.ndarray:
-        """Returns (P, eval_episodes): the same episodes at each evaluation."""
-        assert self.eval_envs is not None
-        count = len(self.seeds)
-        returns = np.zeros((count, self.training.eval_episodes))
-        for episode in range(self.training.eval_episodes):
-            obs = self.eval_envs.reset(episode)
-            over = np.zeros(count, bool)
-            while not over.all():
-                result = self.eval_envs.step(np.asarray(self.act(seed.agent, obs)))
-                returns[~over, episode] += result.reward[~over]
-                over |= result.ended
-                obs = result.obs
-        return returns
-
-    def _save(self, seed: Seed, step: int, actions: np.ndarray | None) -> None:
-        # The rows first: a checkpoint never stands for more evaluations than are on disk.
-        self._write_metrics()
-        filled = seed._replace(rows=seed.rows[:, : min(step, self.training.capacity)])
-        extra = {"envs": self.envs.state()} if self.envs is not None else {}
-        checkpoint.save_checkpoint(self.out / "checkpoint", step, filled, extra)
-
-    def _save_agent(self, seed: Seed) -> None:
-        """The last checkpoint holds the agents alone: a finished run has nothing to resume."""
-        tree = {"agent": seed.agent}
-        checkpoint.save_checkpoint(self.out / "checkpoint", self.training.steps, tree, {})
 
     def _write_metrics(self) -> None:
         write_metrics(self.out / "metrics.parquet", _columns(self.rows))
 
-    def _write_record(self, status: str, seed: Seed, wall_s: float) -> list[dict[str, Any]]:
-        diverged_at = np.asarray(seed.diverged_at)
+    def _write_record(self, status: str, wall_s: float) -> list[dict[str, Any]]:
+        diverged_at = self.stepper.diverged_at()
         final = {row["seed"]: row["return"] for row in self.rows}
         seeds = [
             {
@@ -642,7 +678,7 @@ class _Run:
                 "versions": records.versions("jax", "jaxlib", "optax", "numpy", "gymnasium"),
                 "git_sha": records.git_sha(),
                 "machine": records.machine(),
-                "devices": self.mesh.size,
+                "devices": self.stepper.mesh.size,
             },
         )
         return seeds

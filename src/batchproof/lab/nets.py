@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``O`` obs, ``A`` action, ``C`` critics.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ class MLP:
     """
 
     hidden: tuple[int, ...] = (256, 256)
-    norm: Norm = Norm()
+    norm: Norm = field(default_factory=Norm)
 
     def __post_init__(self) -> None:
         if not self.hidden or any(width < 1 for width in self.hidden):
@@ -73,9 +73,9 @@ def _sits(mlp: MLP, place: str, layer: int) -> bool:
 
 
 def init(key: Array, mlp: MLP, in_size: int, out_size: int, action_size: int = 0) -> Network:
-    """A network from ``in_size`` (and ``action_size``) to ``out_size``, initialized as PyTorch does.
+    """A network from ``in_size`` (and ``action_size``) to ``out_size``.
 
-    Weights are (in, out), uniform in +-1/sqrt(in), and so are biases (`torch.nn.Linear`).
+    It starts as PyTorch's would: weights (in, out) and biases are uniform in +-1/sqrt(in).
     """
     params: dict[str, Any] = {}
     stats: dict[str, Any] = {}
