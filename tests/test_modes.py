@@ -16,6 +16,11 @@ POLICY_Q = st.sampled_from("TESBMtesbm")
 CRITIC_PAIR = st.one_of(st.tuples(ANY, ANY), st.sampled_from([("J", "J"), ("j", "j")]))
 
 
+def spelled(letters):
+    """E and B have nothing to leave alone, so they have one spelling."""
+    return letters.replace("e", "E").replace("b", "B")
+
+
 @st.composite
 def valid_letters(draw):
     """Six letters that make a possible plan, slot 0 first."""
@@ -27,6 +32,7 @@ def valid_letters(draw):
 @settings(deadline=None, database=None)
 def test_parse_and_format_are_inverse(letters):
     plan = Plan.parse(letters)
+    letters = spelled(letters)
     assert [plan[slot].letter for slot in Slot] == list(letters)
     assert Plan.parse(str(plan)) == plan
     assert str(plan) == (letters[1:] if letters[0] == "E" else letters)
@@ -130,7 +136,7 @@ def test_every_text_is_a_possible_plan_or_an_error(text):
         and (not joint or letters[4] == letters[5])
     )
     if possible:
-        assert [mode.letter for mode in Plan.parse(text).modes] == list(letters)
+        assert [mode.letter for mode in Plan.parse(text).modes] == list(spelled(letters))
     else:
         with pytest.raises(BatchproofError):
             Plan.parse(text)
@@ -165,7 +171,7 @@ def test_letters_follow_the_table(letter, uses_batch, gradient, updates, bypass)
     )
     assert mode.kind == lower.kind == letter
     assert str(mode) == letter
-    assert str(lower) == letter.lower()
+    assert str(lower) == spelled(letter.lower())
     assert lower.title.startswith(mode.title)
     assert ("left alone" in lower.title) == uses_batch
 

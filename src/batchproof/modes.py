@@ -65,6 +65,8 @@ class Mode:
                 f"unknown mode {self.letter!r}: use one of {', '.join(_TITLES)}, or its lower-case "
                 "letter to leave the running statistics alone"
             )
+        if self.letter in ("e", "b"):  # nothing to leave alone: one mode, one spelling
+            object.__setattr__(self, "letter", self.letter.upper())
 
     @property
     def kind(self) -> str:

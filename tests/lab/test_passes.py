@@ -270,11 +270,10 @@ def test_follow(critic, target, batch, tau, target_stats):
 @pytest.mark.parametrize(
     "use",
     [
-        passes.check_target_stats,
         lambda name: td3.Config(target_stats=name),
         lambda name: sac.Config(target_stats=name),
     ],
-    ids=["check", "td3", "sac"],
+    ids=["td3", "sac"],
 )
 def test_unknown_target_statistics_say_what_to_write(use):
     with pytest.raises(BatchproofError, match="'copied': use one of copy, polyak, stale"):

@@ -1,8 +1,10 @@
-"""Gymnasium environments; importing `batchproof.envs` registers nothing until it is asked.
+"""Gymnasium environments, registered when this package is imported.
 
-Gymnasium finds them by itself through the package's entry point:
-``gymnasium.make("batchproof/ConstantReward-v0")``.
+Gymnasium imports it by itself for an id with its name in front:
+``gymnasium.make("batchproof.envs:batchproof/ConstantReward-v0")``.
 """
+
+from importlib.util import find_spec
 
 ENTRY_POINTS = {
     "batchproof/ConstantReward-v0": "batchproof.envs.constant_reward:ConstantRewardEnv",
@@ -16,3 +18,7 @@ def register_envs() -> None:
     for name, entry_point in ENTRY_POINTS.items():
         if name not in gymnasium.registry:
             gymnasium.register(id=name, entry_point=entry_point)
+
+
+if find_spec("gymnasium") is not None:
+    register_envs()

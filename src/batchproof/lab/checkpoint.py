@@ -20,6 +20,7 @@ from batchproof.errors import BatchproofError
 from batchproof.records import file_digest, make_folder, read_json, replacing, write_json
 
 FORMAT = 1
+KEYS = {"format", "step", "arrays", "sha256", "extra"}
 
 
 def save_checkpoint(folder: Path, step: int, tree: Any, extra: dict[str, Any]) -> None:
@@ -53,8 +54,10 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     state = read_json(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise BatchproofError(f"{path}: not a checkpoint of format {FORMAT}")
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= KEYS:
+        raise BatchproofError(
+            f"{path}: not a checkpoint of format {FORMAT}: delete {folder.parent} to start over"
+        )
     return state
 
 
@@ -86,7 +89,7 @@ def load_checkpoint(folder: Path, like: Any) -> tuple[int, Any, dict[str, Any]]:
         name = _name(key_path)
         wanted = jax.random.key_data(leaf) if _is_key(leaf) else leaf
         array = arrays.get(name)
-        if array is None or array.shape[:1] != wanted.shape[:1] or array.dtype != wanted.dtype:
+        if array is None or array.shape != wanted.shape or array.dtype != wanted.dtype:
             raise BatchproofError(
                 f"{path}: the checkpoint does not fit this run (array {name}): "
                 "it was made by another configuration or version"

@@ -33,7 +33,7 @@ from batchproof import records
 from batchproof.errors import BatchproofError
 from batchproof.lab import checkpoint, population, replay
 from batchproof.lab.agents import AGENTS
-from batchproof.lab.envs import JAX_ENVS
+from batchproof.lab.envs import JAX_ENVS, host
 from batchproof.lab.envs.host import EVALUATE, TRAIN, HostEnvs
 from batchproof.lab.envs.jax_env import JaxEnv
 from batchproof.modes import Plan
@@ -86,6 +86,8 @@ class Training:
             raise BatchproofError(
                 f"seeds must be distinct and not negative, at least one, got {list(self.seeds)}"
             )
+        if max(self.seeds) >= 2**32:
+            raise BatchproofError(f"seeds must be less than 2**32, got {max(self.seeds)}")
         for name in ("steps", "buffer_size", "gradient_steps", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise BatchproofError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -362,6 +364,10 @@ def train(
     Raises:
         BatchproofError: ``out`` holds another run, or is in use, or is damaged.
     """
+    if training.host_env or training.env_id not in JAX_ENVS:
+        # A wrong name must not leave an empty folder behind.
+        for i in range(len(training.seeds)) if not isinstance(training.env_options, dict) else [0]:
+            host.make(training.env_id, training.options_of(i)).close()
     with records.locked(out):
         finished = _check_folder(training, out)
         if finished is not None:
@@ -391,7 +397,12 @@ def _check_folder(training: Training, out: Path) -> Result | None:
         )
     if run.get("status") != "finished":
         return None
-    return Result(read_metrics(out / "metrics.parquet"), run["seeds"], run["wall_s"])
+    # JSON has no NaN: the return of a seed that diverged was written as null.
+    seeds = [
+        seed | {"final_return": math.nan if seed["final_return"] is None else seed["final_return"]}
+        for seed in run["seeds"]
+    ]
+    return Result(read_metrics(out / "metrics.parquet"), seeds, run["wall_s"])
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
@@ -473,7 +484,9 @@ class Stepper:
             return jnp.nan_to_num(action)
 
         self._init = over_seeds(
-            lambda key, env: init_seed(training, key, env, self.obs_size, self.action_size), mesh
+            lambda key, env: init_seed(training, key, env, self.obs_size, self.action_size),
+            mesh,
+            rare=True,
         )
         self._run_in_jax = over_seeds(
             lambda seed, first, last: run_in_jax(training, seed, first, last),
@@ -481,14 +494,16 @@ class Stepper:
             shared=(1, 2),
             donate=True,
         )
-        self._evaluate_in_jax = over_seeds(lambda seed: evaluate_in_jax(training, seed), mesh)
+        self._evaluate_in_jax = over_seeds(
+            lambda seed: evaluate_in_jax(training, seed), mesh, rare=True
+        )
         self._host_step = over_seeds(host_step, mesh, shared=(1,), donate=True)
-        self._start = over_seeds(start, mesh, donate=True)
+        self._start = over_seeds(start, mesh, donate=True, rare=True)
         self._act = over_seeds(act, mesh)
         self._measure = over_seeds(
-            lambda seed, step: measure(training, seed, step), mesh, shared=(1,)
+            lambda seed, step: measure(training, seed, step), mesh, shared=(1,), rare=True
         )
-        self._reset_sums = over_seeds(reset_sums, mesh, donate=True)
+        self._reset_sums = over_seeds(reset_sums, mesh, donate=True, rare=True)
 
     def close(self) -> None:
         """Close the host's environments."""
@@ -557,7 +572,8 @@ class Stepper:
 
     def save_agents(self, folder: Path) -> None:
         """Write a checkpoint of the agents alone: a finished run has nothing to resume."""
-        checkpoint.save_checkpoint(folder, self.step, {"agent": self.seed.agent}, {})
+        tree = {"agent": self.seed.agent, "diverged_at": self.seed.diverged_at}
+        checkpoint.save_checkpoint(folder, self.step, tree, {})
 
     def restore(self, folder: Path) -> None:
         """Continue at the checkpoint in ``folder``.
@@ -566,11 +582,19 @@ class Stepper:
             BatchproofError: it is damaged or another run's, or the environment did not repeat
                 itself from the same seed and actions.
         """
-        step, loaded, extra = checkpoint.load_checkpoint(folder, self.seed)
-        missing = self.training.capacity - loaded.rows.shape[1]
+        state = checkpoint.read_state(folder)
+        if state is not None and state["step"] == self.training.steps:
+            # Killed after `save_agents` but before the record said that the run is finished.
+            last = {"agent": self.seed.agent, "diverged_at": self.seed.diverged_at}
+            self.step, loaded, _ = checkpoint.load_checkpoint(folder, last)
+            self.seed = self.seed._replace(**population.place(loaded, self.mesh))
+            return
+        filled = min(state["step"] if state else 0, self.training.capacity)
+        like = self.seed._replace(rows=self.seed.rows[:, :filled])
+        self.step, loaded, extra = checkpoint.load_checkpoint(folder, like)
+        missing = self.training.capacity - filled
         rows = np.pad(loaded.rows, ((0, 0), (0, missing), (0, 0)))
         self.seed = population.place(loaded._replace(rows=rows), self.mesh)
-        self.step = step
         if self._envs is not None:
             obs = self._envs.restore(extra["envs"])
             if not np.array_equal(obs, np.asarray(self.seed.obs)):
@@ -627,8 +651,8 @@ class _Run:
                     stepper.save(folder)
                     saved = time.monotonic()
         wall_s = time.perf_counter() - began
-        stepper.save_agents(folder)
         self._write_metrics()
+        stepper.save_agents(folder)
         seeds = self._write_record("finished", wall_s)
         return Result(_columns(self.rows), seeds, wall_s)
 

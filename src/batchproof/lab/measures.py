@@ -16,19 +16,27 @@ from batchproof.modes import E, Mode, T
 
 QFunction = Callable[[Array], Array]
 
+NO_GRADIENT = 1e-6  # some ten times the rounding of float32
+
 
 def kappa(q: QFunction, action: Array) -> Array:
     """Common-mode share of the actor's gradient, () in [0, 1], averaged over action dimensions.
 
     kappa = |sum_i dQbar/da_i| / sum_i |dQbar/da_i|, Qbar the batch's mean value. It is 0 to
-    rounding when the batch's statistics are used with gradient, because a shift of all actions
-    leaves every normalized value as it was; 1 when all rows want to move the same way. Where no
-    row has any gradient it is 0.
+    rounding when a norm on the first layer that contains the action, before its activation or on
+    its input, uses the batch's statistics with gradient: a shift of all actions leaves every
+    normalized value as it was. It is 1 when all rows want to move the same way.
+
+    Where Qbar has no gradient at all it is 0 too: with one critic whose last hidden layer ends in
+    such a norm, Qbar is constant. "No gradient" means below `NO_GRADIENT` of the gradient that the
+    same critic has for differences between rows.
     """
+    sign = jnp.where(jnp.arange(len(action)) % 2 == 0, 1.0, -1.0)
     gradient = jax.grad(lambda a: q(a).mean())(action)
+    contrast = jax.grad(lambda a: (sign * q(a)).mean())(action)
     total = jnp.abs(gradient).sum(0)
-    share = jnp.abs(gradient.sum(0)) / jnp.where(total > 0, total, 1)
-    return share.mean()
+    some = total > NO_GRADIENT * jnp.abs(contrast).sum(0)
+    return jnp.where(some, jnp.abs(gradient.sum(0)) / jnp.where(some, total, 1), 0).mean()
 
 
 def common_slope(q: QFunction, action: Array) -> Array:
@@ -44,7 +52,9 @@ def response_ratio(q: QFunction, action: Array, delta: float = 0.1, rows: int = 
 
     R = G_com / G_ind with G the mean absolute change of a row's own value: G_ind moves that
     row's action by ``delta`` in each dimension, G_com every row's. 1 without coupling between
-    rows (modes E, B; layer norm), 0 in T, about 1/2 in M. Measured on the first ``rows`` rows.
+    rows (modes E, B; layer norm), 0 for batch norm in T, about 1/2 in M. Batch Renorm in T answers
+    in its values, because r and d follow the shift, though its gradient (`kappa`) does not.
+    Measured on the first ``rows`` rows.
     """
     rows = min(rows, len(action))
     base = q(action)[:rows]

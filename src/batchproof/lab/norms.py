@@ -45,9 +45,9 @@ class Norm:
         running_variance: the same choice for what the running variance averages.
         formula: ``canonical`` or ``folded`` Batch Renorm. The folded form, CrossQ's, puts r and d
             into the mean and the variance; the two differ where the variance is near eps.
-        warmup: ``hard`` (r = 1, d = 0 until `warmup_steps`) or ``smooth`` (the schedule of arXiv
-            1702.03275, scaled: plain batch norm for 1/8 of `warmup_steps`, then d_max grows until
-            5/8 and r_max until the end).
+        warmup: ``hard`` (r = 1, d = 0 until `warmup_steps`, where sb3-contrib waits one longer) or
+            ``smooth`` (the schedule of arXiv 1702.03275, scaled: plain batch norm for 1/8 of
+            `warmup_steps`, then d_max grows until 5/8 and r_max until the end).
         warmup_steps: forward passes that updated the statistics.
         r_max: upper bound of Batch Renorm's scale correction; the lower one is its inverse.
         d_max: bound of Batch Renorm's shift correction.
@@ -227,8 +227,8 @@ KINDS: dict[str, Callable[[Norm, Params, Stats, Array, Mode], tuple[Array, Stats
 
 def _moments(x: Array) -> tuple[Array, Array]:
     """Mean and biased variance over the batch, each (F,)."""
-    mean = x.mean(0)
-    return mean, jnp.square(x - mean).mean(0)
+    mean = column_sum(x) / len(x)
+    return mean, column_sum(jnp.square(x - mean)) / len(x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -261,8 +261,8 @@ def _standardize_backward(
 ) -> tuple[Array, Array, Array]:
     x, mean, inverse_std, scale = saved
     grad = grads[0]
-    bias_grad = grad.sum(0)
-    scale_grad = (grad * (x - mean)).sum(0) * inverse_std
+    bias_grad = column_sum(grad)
+    scale_grad = column_sum(grad * (x - mean)) * inverse_std
     # Per feature: dx = scale / std * (g - mean(g) - correction * normalized * mean(g normalized)).
     slope = inverse_std * scale
     through_var = slope * inverse_std * scale_grad * (correction / len(x))
@@ -298,8 +298,37 @@ def _inverse_std(norm: Norm, var: Array) -> Array:
     return jax.lax.rsqrt(var + norm.eps)
 
 
+@jax.custom_vjp
 def _affine(x: Array, mean: Array, slope: Array, bias: Array) -> Array:
+    """(x - mean) * slope + bias, with sums over the batch as `column_sum`."""
     return (x - mean) * slope + bias
+
+
+def _affine_forward(
+    x: Array, mean: Array, slope: Array, bias: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return (x - mean) * slope + bias, (x, mean, slope)
+
+
+def _affine_backward(
+    saved: tuple[Array, Array, Array], grad: Array
+) -> tuple[Array, Array, Array, Array]:
+    x, mean, slope = saved
+    bias_grad = column_sum(grad)
+    return grad * slope, -slope * bias_grad, column_sum(grad * (x - mean)), bias_grad
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
+
+
+def column_sum(x: Array) -> Array:
+    """Sum of ``x`` (B, F) over the batch, (F,), as a product with ones.
+
+    On a CPU a compiled sum over the first axis is several times slower than the product. Full
+    precision is asked for because accelerators would round the factors.
+    """
+    ones = jnp.ones((1, len(x)), x.dtype)
+    return jnp.matmul(ones, x, precision=jax.lax.Precision.HIGHEST)[0]
 
 
 def _renorm_bounds(norm: Norm, count: Array, dtype: jnp.dtype) -> tuple[Array, Array]:

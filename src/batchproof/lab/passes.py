@@ -8,7 +8,8 @@ Shapes: ``B`` batch, ``O`` obs, ``A`` action, ``C`` critics.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,8 @@ def follow(target: Network, online: Network, tau: float, target_stats: str) -> N
     """Move a target network a step ``tau`` towards the online one.
 
     Its running statistics are replaced (``copy``, what Stable-Baselines3 does since issue 996),
-    averaged like the parameters (``polyak``) or left as they are (``stale``).
+    averaged like the parameters (``polyak``) or left as they are (``stale``). Counters follow too,
+    unless stale: Batch Renorm's warm-up reads them.
     """
     params = _polyak(target.params, online.params, tau)
     if target_stats == "copy":
@@ -117,12 +119,22 @@ def follow(target: Network, online: Network, tau: float, target_stats: str) -> N
     return Network(params, target.stats)
 
 
-def check_target_stats(name: str) -> None:
-    """Raise a `BatchproofError` unless ``name`` is in `TARGET_STATS`."""
-    if name not in TARGET_STATS:
+def check_config(config: Any) -> None:
+    """Raise a `BatchproofError` for a hyperparameter that no off-policy agent can run with."""
+    if config.target_stats not in TARGET_STATS:
         raise BatchproofError(
-            f"unknown target statistics {name!r}: use one of {', '.join(TARGET_STATS)}"
+            f"unknown target statistics {config.target_stats!r}: "
+            f"use one of {', '.join(TARGET_STATS)}"
         )
+    if not 0 < config.learning_rate < math.inf:
+        raise BatchproofError(f"learning_rate must be positive, got {config.learning_rate}")
+    if not 0 <= config.gamma <= 1:
+        raise BatchproofError(f"gamma must be in [0, 1], got {config.gamma}")
+    if not 0 < config.tau <= 1:
+        raise BatchproofError(f"tau must be in (0, 1], got {config.tau}")
+    for name in ("batch_size", "critics"):
+        if getattr(config, name) < 1:
+            raise BatchproofError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
 def _polyak(target: Tree, online: Tree, tau: float) -> Tree:

@@ -43,7 +43,11 @@ def keys(seeds: list[int]) -> Array:
 
 
 def over_seeds(
-    function: Callable[..., Any], mesh: Mesh, shared: tuple[int, ...] = (), donate: bool = False
+    function: Callable[..., Any],
+    mesh: Mesh,
+    shared: tuple[int, ...] = (),
+    donate: bool = False,
+    rare: bool = False,
 ) -> Callable[..., Any]:
     """Compile a function of one seed into one of all seeds.
 
@@ -52,6 +56,7 @@ def over_seeds(
         mesh: from `mesh_for`.
         shared: positions of the arguments that all seeds share; all others have a leading axis P.
         donate: let the first argument's memory hold the result.
+        rare: called so seldom that compiling fast matters more than running fast.
 
     Returns:
         The compiled function; everything that it returns has a leading axis P.
@@ -66,7 +71,9 @@ def over_seeds(
         spread = jax.shard_map(batched, mesh=mesh, in_specs=specs, out_specs=SEEDS, check_vma=False)
         return spread(*args)
 
-    return jax.jit(for_all, donate_argnums=(0,) if donate else ())
+    # Random draws compile slowly when optimized: ten seconds against one for two small networks.
+    options = {"xla_backend_optimization_level": 0} if rare else None
+    return jax.jit(for_all, donate_argnums=(0,) if donate else (), compiler_options=options)
 
 
 def place(tree: Any, mesh: Mesh) -> Any:

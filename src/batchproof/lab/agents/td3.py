@@ -30,7 +30,7 @@ from batchproof.lab.nets import MLP, Network, Tree
 from batchproof.lab.passes import (
     Batch,
     CriticPasses,
-    check_target_stats,
+    check_config,
     follow,
     policy_q,
     replay_and_target_q,
@@ -75,7 +75,7 @@ class Config:
     target_stats: str = "copy"
 
     def __post_init__(self) -> None:
-        check_target_stats(self.target_stats)
+        check_config(self)
 
 
 class State(NamedTuple):

@@ -48,8 +48,13 @@ def make(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
     except (gymnasium.error.Error, ImportError) as error:
         line = " ".join(str(error).split())
         raise BatchproofError(f"cannot make environment {env_id!r}: {line}") from None
-    except TypeError as error:
-        raise BatchproofError(f"cannot make environment {env_id!r}: {error}") from None
+    except BatchproofError:
+        raise
+    except Exception as error:  # environments judge their options in their own ways
+        line = " ".join(str(error).split())
+        raise BatchproofError(
+            f"cannot make environment {env_id!r}: {type(error).__name__}: {line}"
+        ) from error
     action_space, obs_space = env.action_space, env.observation_space
     if not isinstance(action_space, gymnasium.spaces.Box):
         raise BatchproofError(
