@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -190,8 +191,7 @@ def choose(training: Training, seed: Seed, step: Array) -> Seed:
     return seed._replace(agent=agent, action=action)
 
 
-def absorb(
-    training: Training,
+def store(
     seed: Seed,
     step: Array,
     next_obs: Array,
@@ -199,33 +199,14 @@ def absorb(
     terminated: Array,
     obs: Array,
 ) -> Seed:
-    """Store the transition of environment step ``step`` (from 0), learn, and move to ``obs``."""
+    """Keep the transition of environment step ``step`` (from 0) and move to ``obs``."""
     rows = replay.insert(seed.rows, step, seed.obs, seed.action, reward, next_obs, terminated)
-    seed = seed._replace(rows=rows, obs=obs)
-    # The predicate is shared by all seeds, so this stays a branch under vmap. The branch hands back
-    # what it changes and only reads the replay: what passes through a branch may be copied.
-    before = Learned(seed.agent, seed.sums, seed.counts, seed.diverged_at)
-    after = jax.lax.cond(
-        step >= training.learning_starts,
-        lambda before: learn(training, before, seed, step),
-        lambda before: before,
-        before,
-    )
-    return seed._replace(**after._asdict())
+    return seed._replace(rows=rows, obs=obs)
 
 
-class Learned(NamedTuple):
-    """What learning changes of a `Seed`."""
-
-    agent: Any
-    sums: dict[str, Array]
-    counts: dict[str, Array]
-    diverged_at: Array
-
-
-def learn(training: Training, before: Learned, seed: Seed, step: Array) -> Learned:
-    """The gradient steps that follow environment step ``step`` (from 0), on the seed's replay."""
-    agent, sums, counts, diverged_at = before
+def learn(training: Training, seed: Seed, step: Array) -> Seed:
+    """The gradient steps that follow environment step ``step`` (from 0)."""
+    agent, sums, counts, diverged_at = seed.agent, seed.sums, seed.counts, seed.diverged_at
     learn_key = step_keys(seed.key, step).learn
     filled = jnp.minimum(step + 1, len(seed.rows))
     for i in range(training.gradient_steps):
@@ -242,13 +223,16 @@ def learn(training: Training, before: Learned, seed: Seed, step: Array) -> Learn
         known = {name: ~jnp.isnan(value) for name, value in metrics.items()}
         sums = {n: sums[n] + jnp.where(known[n], metrics[n], 0) for n in metrics}
         counts = {n: counts[n] + known[n] for n in metrics}
-    return Learned(agent, sums, counts, diverged_at)
+    return seed._replace(agent=agent, sums=sums, counts=counts, diverged_at=diverged_at)
 
 
 def run_in_jax(training: Training, seed: Seed, first: Array, last: Array) -> Seed:
-    """Environment steps ``first`` up to but not including ``last``, in one compiled loop."""
+    """Environment steps ``first`` up to but not including ``last``, in two compiled loops.
 
-    def body(step: Array, seed: Seed) -> Seed:
+    One before learning starts and one after: a branch inside one loop would copy what it returns.
+    """
+
+    def interact(step: Array, seed: Seed) -> Seed:
         seed = choose(training, seed, step)
         keys = step_keys(seed.key, step)
         result = seed.env.step(keys.env, seed.env_state, seed.action)
@@ -259,9 +243,13 @@ def run_in_jax(training: Training, seed: Seed, first: Array, last: Array) -> See
         )
         obs = jnp.where(ended, fresh_obs, result.obs)
         seed = seed._replace(env_state=env_state)
-        return absorb(training, seed, step, result.obs, result.reward, result.terminated, obs)
+        return store(seed, step, result.obs, result.reward, result.terminated, obs)
 
-    return jax.lax.fori_loop(first, last, body, seed)
+    starts = jnp.clip(training.learning_starts, first, last)
+    seed = jax.lax.fori_loop(first, starts, interact, seed)
+    return jax.lax.fori_loop(
+        starts, last, lambda step, seed: learn(training, interact(step, seed), step), seed
+    )
 
 
 def evaluate_in_jax(training: Training, seed: Seed) -> Array:
@@ -464,9 +452,11 @@ class Stepper:
         training, mesh = self.training, self.mesh
         over_seeds = population.over_seeds
 
-        def host_step(seed: Seed, step: Array, packed: Array) -> tuple[Seed, Array]:
+        def host_step(seed: Seed, step: Array, packed: Array, learning: bool) -> tuple[Seed, Array]:
             next_obs, obs, rest = jnp.split(packed, (self.obs_size, 2 * self.obs_size))
-            seed = absorb(training, seed, step, next_obs, rest[0], rest[1], obs)
+            seed = store(seed, step, next_obs, rest[0], rest[1], obs)
+            if learning:
+                seed = learn(training, seed, step)
             seed = choose(training, seed, step + 1)
             return seed, seed.action
 
@@ -497,7 +487,13 @@ class Stepper:
         self._evaluate_in_jax = over_seeds(
             lambda seed: evaluate_in_jax(training, seed), mesh, rare=True
         )
-        self._host_step = over_seeds(host_step, mesh, shared=(1,), donate=True)
+        # Two functions: a branch inside one would copy what it returns.
+        self._host_step = {
+            learning: over_seeds(
+                partial(host_step, learning=learning), mesh, shared=(1,), donate=True
+            )
+            for learning in (False, True)
+        }
         self._start = over_seeds(start, mesh, donate=True, rare=True)
         self._act = over_seeds(act, mesh)
         self._measure = over_seeds(
@@ -533,7 +529,8 @@ class Stepper:
                     ],
                     axis=1,
                 )
-                self.seed, actions = self._host_step(self.seed, step, packed)
+                learning = step >= self.training.learning_starts
+                self.seed, actions = self._host_step[learning](self.seed, step, packed)
                 self._actions = np.asarray(actions)
                 done(1)
         self.step = last

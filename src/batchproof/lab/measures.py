@@ -47,7 +47,7 @@ def common_slope(q: QFunction, action: Array) -> Array:
     return jax.grad(lambda a: q(a).mean())(action).sum(0).mean()
 
 
-def response_ratio(q: QFunction, action: Array, delta: float = 0.1, rows: int = 16) -> Array:
+def response_ratio(q: QFunction, action: Array, delta: float = 0.1, rows: int = 8) -> Array:
     """How much less the critic answers a shift of all actions than a shift of one, ().
 
     R = G_com / G_ind with G the mean absolute change of a row's own value: G_ind moves that

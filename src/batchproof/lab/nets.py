@@ -101,11 +101,9 @@ def init(key: Array, mlp: MLP, in_size: int, out_size: int, action_size: int = 0
 
 def _init_linear(key: Array, in_size: int, out_size: int) -> dict[str, Array]:
     bound = in_size**-0.5
-    weight, bias = jax.random.split(key)
-    return {
-        "weight": jax.random.uniform(weight, (in_size, out_size), minval=-bound, maxval=bound),
-        "bias": jax.random.uniform(bias, (out_size,), minval=-bound, maxval=bound),
-    }
+    # One draw for both: each draw takes long to compile.
+    values = jax.random.uniform(key, (in_size + 1, out_size), minval=-bound, maxval=bound)
+    return {"weight": values[:-1], "bias": values[-1]}
 
 
 def apply(

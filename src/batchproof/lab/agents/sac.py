@@ -18,6 +18,7 @@ Shapes: ``B`` batch, ``O`` obs, ``A`` action, ``C`` critics.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from batchproof.errors import BatchproofError
 from batchproof.lab import measures, nets
 from batchproof.lab.nets import MLP, Network, Tree
 from batchproof.lab.passes import (
@@ -76,6 +78,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_config(self)
+        if not 0 < self.initial_alpha < math.inf:
+            raise BatchproofError(f"initial_alpha must be positive, got {self.initial_alpha}")
 
 
 class State(NamedTuple):
@@ -103,7 +107,9 @@ def init(config: Config, key: Array, obs_size: int, action_size: int) -> State:
     actor = nets.init(actor_key, nets.without_action(config.actor), obs_size, 2 * action_size)
     critic = nets.init_critics(critic_key, config.critic, obs_size, action_size, config.critics)
     optimizer = optax.adam(config.learning_rate)
-    log_alpha = jnp.log(jnp.asarray(config.initial_alpha))
+    log_alpha = jnp.full(
+        (), math.log(config.initial_alpha), actor.params["linear_out"]["bias"].dtype
+    )
     return State(
         actor=actor,
         critic=critic,

@@ -142,7 +142,7 @@ CONDITIONS = (
         BATCH, NONE, random_behaviour=True,
     ),
 )  # fmt: skip
-DEFAULT = ("none", "slot3-T", "slot3-E", "fixed-data-T")
+DEFAULT = ("none", "slot3-T", "slot3-E")
 
 
 def library_plan(algo: str, plan: str) -> str:
@@ -367,7 +367,7 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
     def claim(id_: str, statement: str, rule: str, needs: tuple[str, ...], settle: Any) -> None:
         verdict, effect, interval, why = "inconclusive", None, None, ""
         if not outcome.has(*needs):
-            why = f"not run: needs the conditions {', '.join(needs)}"
+            why = f"Not run: add --conditions all, or {','.join(needs)}."
         else:
             others = [settle(other)[0] for other in outcome.endings[1:]]
             verdict, effect, interval, why = settle(ending)
@@ -566,7 +566,7 @@ def _render(outcome: _Outcome, study: dict[str, Any], out: Path) -> None:
         )
     keys = [c.key for c in outcome.conditions]
     palette = dict(zip(keys, list(plots.PALETTE) * len(keys), strict=False)) | _COLORS
-    shown = [key for key in keys if key in (*DEFAULT, "both-TETTE")][:5]
+    shown = [key for key in keys if key in (*DEFAULT, "fixed-data-T")]
     panels = [
         plots.Panel(
             f"{algo.upper()}, episodes end as {which}",
