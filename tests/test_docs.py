@@ -1,5 +1,6 @@
 """The tables in docs/ list what the registries hold, and the commands in the docs parse."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -74,3 +75,17 @@ def shown_commands() -> list[str]:
 @pytest.mark.parametrize("command", shown_commands())
 def test_shown_command_parses(command: str) -> None:
     cli._parser().parse_args(shlex.split(command)[1:])
+
+
+def fill_docs():
+    """The script that fills the documentation's tables, as a module."""
+    spec = importlib.util.spec_from_file_location("fill_docs", ROOT / "benchmarks" / "fill_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["constant-reward.md", "benchmarks.md"])
+def test_tables_of_results_are_those_of_the_results_folder(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert fill_docs().filled(page, text) == text, "run: python benchmarks/fill_docs.py"

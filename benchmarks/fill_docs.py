@@ -1,0 +1,168 @@
+"""Put the tables of measured results into the documentation, between their markers.
+
+    python benchmarks/fill_docs.py
+
+A table stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; its content is from ``results/``.
+A test fails while a page differs from what this script would write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def verdicts() -> str:
+    study = _load(RESULTS / "constant-reward" / "study.json")
+    lines = ["| claim | | verdict | measured |", "|---|---|---|---|"]
+    lines += [
+        f"| {c['id']} | {c['statement']} | **{c['verdict']}** | {c['why']} |"
+        for c in study["claims"]
+    ]
+    return "\n".join(lines) + (
+        f"\n\n{study['seeds']} seeds, {study['steps']} steps, `{study['command']}`, "
+        f"{study['wall_s'] / 60:.0f} minutes on {study['machine']['cores']} cores "
+        f"({study['machine']['processor']}). Brackets are 95 % intervals of the mean."
+    )
+
+
+def conditions() -> str:
+    study = _load(RESULTS / "constant-reward" / "study.json")
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for condition in study["conditions"]:
+        key = (condition["row"], condition["label"])
+        rows.setdefault(key, {})[condition["algo"], condition["ending"]] = condition
+
+    def cell(condition: dict[str, Any] | None) -> str:
+        if condition is None:
+            return "-"
+        known = [value for value in condition["returns"] if value is not None]
+        lost = f", {condition['diverged']} diverged" if condition["diverged"] else ""
+        spread = f"[{min(known):.1f}, {max(known):.1f}]"
+        return f"{statistics.fmean(known):.1f} {spread}{lost}"
+
+    def predicted(condition: dict[str, Any]) -> str:
+        if condition["prediction"] is None:
+            return "-"
+        return condition["prediction"] + (" (missed)" if condition["missed"] else "")
+
+    lines = [
+        "| row | condition | TD3 | predicted | SAC | predicted | TD3 truncated | SAC truncated "
+        "| kappa TD3, SAC |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (row, label), found in rows.items():
+        td3, sac = found["td3", "terminated"], found["sac", "terminated"]
+        lines.append(
+            f"| {row} | {label} | {cell(td3)} | {predicted(td3)} | {cell(sac)} | {predicted(sac)} "
+            f"| {cell(found.get(('td3', 'truncated')))} | {cell(found.get(('sac', 'truncated')))} "
+            f"| {td3['kappa']:.1g}, {sac['kappa']:.1g} |"
+        )
+    return "\n".join(lines)
+
+
+def sb3() -> str:
+    rows = _load(RESULTS / "constant-reward-sb3" / "sb3.json")["rows"]
+    names = {
+        "none": "no batch norm",
+        "library": "batch norm as the library runs it",
+        "cure": "the same, slot 3 in `E`",
+    }
+    lines = ["| agent | condition | plan | mean | per seed | kappa |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        returns = row["returns"]
+        lines.append(
+            f"| {row['algo'].upper()} | {names[row['condition']]} | {row['modes'] or '-'} "
+            f"| {statistics.fmean(returns):.1f} | {' '.join(f'{value:.1f}' for value in returns)} "
+            f"| {min(row['kappas']):.0e} to {max(row['kappas']):.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def _benchmark(name: str) -> str:
+    path = RESULTS / "benchmarks" / f"{name}.md"
+    record = _load(RESULTS / "benchmarks" / f"{name}.json")
+    if record is None:
+        return "Not measured yet."
+    machine = record["machine"]
+    return (
+        path.read_text(encoding="utf-8").strip()
+        + f"\n\n{machine['processor']}, {machine['cores']} cores, {record['rounds']} rounds, "
+        f"{record['wall_s'] / 60:.0f} minutes. Best matrix product: {_gemm(record)}."
+    )
+
+
+def _gemm(record: dict[str, Any]) -> str:
+    rates = [
+        sample["gemm_gflops"]
+        for samples in record["samples"].values()
+        for sample in samples
+        if "gemm_gflops" in sample
+    ]
+    return f"{statistics.median(rates):.0f} GFLOP/s"
+
+
+def learning() -> str:
+    lines = [
+        "| task | agent | steps | seeds | mean final return | per seed | wall time | reference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    references = {
+        ("Pendulum-v1", "td3"): "-152 at 20k",
+        ("Pendulum-v1", "sac"): "-157 at 20k",
+        ("HalfCheetah-v5", "sac"): "6156 +- 738 at 100k (v4, ten seeds)",
+    }
+    commands = []
+    for path in sorted((RESULTS / "learning").glob("*/run.json")):
+        run = _load(path)
+        training = run["training"]
+        returns = [seed["final_return"] for seed in run["seeds"]]
+        env, algo = training["env_id"], training["algo"]
+        lines.append(
+            f"| {env} | {algo.upper()} | {training['steps']} | {len(returns)} "
+            f"| {statistics.fmean(returns):.0f} | {' '.join(f'{value:.0f}' for value in returns)} "
+            f"| {run['wall_s'] / 60:.0f} min | {references.get((env, algo), '-')} |"
+        )
+        commands.append(f"    {run['command']}")
+    return "\n".join([*lines, "", *commands])
+
+
+TABLES = {
+    "constant-reward.md": {"verdicts": verdicts, "conditions": conditions, "sb3": sb3},
+    "benchmarks.md": {
+        "constant_reward": lambda: _benchmark("constant_reward"),
+        "half_cheetah": lambda: _benchmark("half_cheetah"),
+        "learning": learning,
+    },
+}
+
+
+def filled(page: str, text: str) -> str:
+    """The page with its tables as the results have them."""
+    for name, make in TABLES[page].items():
+        pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.S)
+        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+        text, count = pattern.subn(lambda _, block=block: block, text)
+        if count != 1:
+            raise SystemExit(f"docs/{page}: {count} places for the table {name}, expected one")
+    return text
+
+
+def main() -> None:
+    for page in TABLES:
+        path = ROOT / "docs" / page
+        path.write_text(filled(page, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
