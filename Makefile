@@ -33,7 +33,7 @@ bench: .venv/.bench  ## measure speed against Stable-Baselines3 and SBX (an hour
 
 docs: .venv/.docs  ## build the documentation into site/
 	@echo "== Building the documentation"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "== Open site/index.html"
 
 clean:  ## remove everything that make made
