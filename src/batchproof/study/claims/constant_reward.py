@@ -584,6 +584,66 @@ def _render(outcome: _Outcome, study: dict[str, Any], out: Path) -> None:
             alt="Learning curves with mean, minimum and maximum over seeds",
         )
     )
+    answering = [key for key in ("slot3-T", "slot3-E", "slot3-M", "renorm-T") if outcome.has(key)]
+    if answering:
+        panels = [
+            plots.Panel(
+                algo.upper(),
+                [
+                    _curve(outcome, algo, key, ending, "response_ratio", palette[key])
+                    for key in answering
+                ],
+            )
+            for algo in ALGOS
+        ]
+        plots.learning_curves(
+            panels,
+            out / "response.png",
+            headline="Does the critic answer when all actions move?",
+            best=None,
+            y_label="Answer to a shift of all actions / to a shift of one (R)",
+        )
+        sections.append(
+            report.FigureSection(
+                "The response ratio R",
+                "How much the critic's value of a row changes when every action of the batch moves "
+                "by 0.1, over the change when that row's action moves alone: 1 without coupling "
+                "between rows, 0 for batch norm in T.",
+                out / "response.png",
+                alt="Response ratio during training",
+            )
+        )
+    if outcome.has("slot3-T"):
+        panels = [
+            plots.Panel(
+                algo.upper(),
+                [
+                    replace(_curve(outcome, algo, "slot3-T", ending, name, color), label=label)
+                    for name, label, color in (
+                        ("advantage_running", "on running statistics", plots.BLUE),
+                        ("advantage_seen", "as slots 3 and 4 see it in T", plots.VERMILLION),
+                    )
+                ],
+            )
+            for algo in ALGOS
+        ]
+        plots.learning_curves(
+            panels,
+            out / "advantage.png",
+            headline="Batch norm, slot 3 in T: what the policy seems to gain",
+            best=None,
+            y_label="Value of the policy's actions above the replayed ones",
+        )
+        sections.append(
+            report.FigureSection(
+                "Advantage erasure",
+                "The mean value of the policy's actions minus that of the replayed ones, by the "
+                "same critic. In T the batch's mean is subtracted on either side, so the "
+                "difference does not say whether the policy is better.",
+                out / "advantage.png",
+                alt="Seen advantage during training, on the batch's and on running statistics",
+            )
+        )
     for which in outcome.endings:
         rows = [
             plots.ForestRow(
