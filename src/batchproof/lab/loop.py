@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -130,21 +130,17 @@ class Training:
         """The run as JSON values; two runs with equal records give equal results."""
 
         def plain(value: Any) -> Any:
+            if isinstance(value, Plan):
+                return str(value)
+            if is_dataclass(value):
+                return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
             if isinstance(value, dict):
-                if set(value) == {"modes"}:
-                    return str(Plan(tuple(_mode(m) for m in value["modes"])))
                 return {key: plain(item) for key, item in value.items()}
             if isinstance(value, list | tuple):
                 return [plain(item) for item in value]
             return value
 
-        return plain(asdict(self))
-
-
-def _mode(value: dict[str, str]) -> Any:
-    from batchproof.modes import Mode
-
-    return Mode(value["letter"])
+        return plain(self)
 
 
 class Seed(NamedTuple):
