@@ -408,7 +408,7 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 def write_metrics(path: Path, columns: dict[str, Any]) -> None:
     """Write columns of equal length as Parquet, in one move."""
     with records.replacing(path) as file:
-        pq.write_table(pa.table(columns), file)
+        pq.write_table(pa.table(columns), file, compression="zstd")
 
 
 class Stepper:
