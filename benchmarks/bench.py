@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -110,6 +111,7 @@ def write(out: Path, name: str, record: dict[str, Any], table: str) -> None:
     """Write ``NAME.json`` and ``NAME.md`` into ``out`` and print the table."""
     records.make_folder(out)
     record = {
+        "command": shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
         "machine": records.machine(),
         "versions": records.versions(
             "jax", "jaxlib", "torch", "stable-baselines3", "sbx-rl", "gymnasium", "mujoco"

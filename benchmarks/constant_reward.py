@@ -152,7 +152,6 @@ def main() -> None:
             )
     table = render(rows)
     record = {
-        "command": "python benchmarks/constant_reward.py",
         "rounds": args.rounds,
         "wall_s": time.perf_counter() - began,
         "rows": rows,

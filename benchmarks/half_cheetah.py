@@ -109,7 +109,6 @@ def main() -> None:
             }
         )
     record = {
-        "command": "python benchmarks/half_cheetah.py",
         "rounds": args.rounds,
         "wall_s": time.perf_counter() - began,
         "rows": rows,
