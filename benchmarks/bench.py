@@ -111,7 +111,7 @@ def write(out: Path, name: str, record: dict[str, Any], table: str) -> None:
     """Write ``NAME.json`` and ``NAME.md`` into ``out`` and print the table."""
     records.make_folder(out)
     record = {
-        "command": shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": records.machine(),
         "versions": records.versions(
             "jax", "jaxlib", "torch", "stable-baselines3", "sbx-rl", "gymnasium", "mujoco"

@@ -98,7 +98,7 @@ def _benchmark(name: str) -> str:
     return (
         path.read_text(encoding="utf-8").strip()
         + f"\n\n{machine['processor']}, {machine['cores']} cores, {record['rounds']} rounds, "
-        f"{record['wall_s'] / 60:.0f} minutes. Best matrix product: {_gemm(record)}."
+        f"{record['wall_s'] / 60:.0f} minutes.{_gemm(record)}"
     )
 
 
@@ -109,7 +109,7 @@ def _gemm(record: dict[str, Any]) -> str:
         for sample in samples
         if "gemm_gflops" in sample
     ]
-    return f"{statistics.median(rates):.0f} GFLOP/s"
+    return f" Best matrix product: {statistics.median(rates):.0f} GFLOP/s." if rates else ""
 
 
 def learning() -> str:
@@ -140,8 +140,11 @@ def learning() -> str:
 TABLES = {
     "constant-reward.md": {"verdicts": verdicts, "conditions": conditions, "sb3": sb3},
     "benchmarks.md": {
-        "constant_reward": lambda: _benchmark("constant_reward"),
+        "constant_reward": lambda: "\n\n".join(
+            _benchmark(f"constant_reward_{width}") for width in (64, 256)
+        ),
         "half_cheetah": lambda: _benchmark("half_cheetah"),
+        "gemm": lambda: _benchmark("gemm"),
         "learning": learning,
     },
 }
