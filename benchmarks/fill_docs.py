@@ -125,6 +125,8 @@ def learning() -> str:
     commands = []
     for path in sorted((RESULTS / "learning").glob("*/run.json")):
         run = _load(path)
+        if run["status"] != "finished":
+            continue
         training = run["training"]
         returns = [seed["final_return"] for seed in run["seeds"]]
         env, algo = training["env_id"], training["algo"]

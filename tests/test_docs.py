@@ -74,7 +74,7 @@ def shown_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", shown_commands())
 def test_shown_command_parses(command: str) -> None:
-    cli._parser().parse_args(shlex.split(command)[1:])
+    cli._parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
 def fill_docs():

@@ -1,0 +1,390 @@
+"""What is examined: networks, the function that acts, observations, and the way back.
+
+Shapes: ``N`` observations, ``B`` rows of one batch, ``A`` action, ``C`` critics.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from batchproof.errors import BatchproofError
+
+Obs = Tensor | dict[str, Tensor]
+"""A batch of observations: one tensor (B, ...), or one for each key of a Dict space."""
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Replayed transitions, as the networks take them.
+
+    Attributes:
+        obs: (B, ...).
+        action: (B, A), scaled as the critic takes it; (B,) integers where actions are discrete.
+        reward: (B,).
+        next_obs: (B, ...).
+        terminated: (B,), 1 where the episode truly ended.
+    """
+
+    obs: Obs
+    action: Tensor
+    reward: Tensor
+    next_obs: Obs
+    terminated: Tensor
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+
+@dataclass
+class Subject:
+    """A policy under examination. An audit hands it back bit for bit as it was.
+
+    Attributes:
+        name: what reports call it.
+        networks: every network by role: ``policy``, or ``actor``, ``critic``, ``actor_target``,
+            ``critic_target``, ``q_net``, ``q_net_target``...
+        obs: observations (N, ...) to examine it on.
+        act: the deterministic action (B, A) as deployed, by the library's own way in. It may
+            switch modes.
+        policy: the same output (B, K) by the networks in whatever mode they are, differentiable:
+            actions in environment units, or logits or Q-values where actions are discrete.
+        discrete: whether the action is the argmax of ``policy``.
+        targets: each target network's online network, by role.
+        critic: Q (C, B) of the online critics on observations and actions, in whatever mode they
+            are, differentiable; None where there is none.
+        target_critic: the same for the target critics.
+        critic_actor: the actor's differentiable action (B, A), scaled as the critics take it.
+        target_actor: the same by the target actor; None where the actor itself is asked.
+        transitions: replayed transitions; None where there are none.
+        action_low: (A,) bounds in environment units; None where unknown or discrete.
+        action_high: (A,).
+        gamma: discount per step.
+        momentum_horizon: gradient steps between two uses of the running statistics, where known.
+        update: one real gradient update of the library, for `trace`; None where there is none.
+        model: the library's own object; None for plain modules.
+        normalizers: observation and reward normalizers by name, in training (``train``) and at
+            evaluation (``eval``), where known.
+    """
+
+    name: str
+    networks: dict[str, nn.Module]
+    obs: Obs
+    act: Callable[[Obs], Tensor]
+    policy: Callable[[Obs], Tensor]
+    discrete: bool = False
+    targets: dict[str, str] = field(default_factory=dict)
+    critic: Callable[[Obs, Tensor], Tensor] | None = None
+    target_critic: Callable[[Obs, Tensor], Tensor] | None = None
+    critic_actor: Callable[[Obs], Tensor] | None = None
+    target_actor: Callable[[Obs], Tensor] | None = None
+    transitions: Transitions | None = None
+    action_low: Tensor | None = None
+    action_high: Tensor | None = None
+    gamma: float = 0.99
+    momentum_horizon: int | None = None
+    update: Callable[[], Any] | None = None
+    model: Any = None
+    normalizers: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if rows(self.obs) < 2:
+            raise BatchproofError(
+                f"{self.name}: an audit compares rows, so it needs at least 2 observations, "
+                f"got {rows(self.obs)}"
+            )
+        for part in tensors(self.obs):
+            if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+                raise BatchproofError(
+                    f"{self.name}: the observations hold NaN or infinity: clean the file, "
+                    "or collect them again"
+                )
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, obs: Obs, *, name: str = "policy", **more: Any
+    ) -> Subject:
+        """A plain module that maps observations (B, ...) to actions, logits or Q-values (B, K).
+
+        Args:
+            module: examined in the modes in which it is handed over: that is how it is deployed.
+            obs: (N, ...).
+            name: what reports call it.
+            more: other attributes of `Subject`.
+        """
+        return cls(
+            name=name,
+            networks={"policy": module},
+            obs=obs,
+            act=lambda batch: output_of(module(batch)).detach(),
+            policy=lambda batch: output_of(module(batch)),
+            **more,
+        )
+
+    @classmethod
+    def from_callable(
+        cls,
+        function: Callable[[Obs], Tensor],
+        obs: Obs,
+        *,
+        networks: Mapping[str, nn.Module] | None = None,
+        name: str = "policy",
+        **more: Any,
+    ) -> Subject:
+        """Any function with a batch axis; name its ``networks`` so that layers can be blamed."""
+        return cls(
+            name=name,
+            networks=dict(networks or {}),
+            obs=obs,
+            act=lambda batch: output_of(function(batch)).detach(),
+            policy=lambda batch: output_of(function(batch)),
+            **more,
+        )
+
+    @classmethod
+    def from_networks(
+        cls,
+        networks: Mapping[str, nn.Module],
+        obs: Obs,
+        *,
+        targets: Mapping[str, str] | None = None,
+        name: str = "policy",
+        **more: Any,
+    ) -> Subject:
+        """Several named networks: ``actor`` maps obs to the action, ``critic`` (obs, action) to Q.
+
+        Args:
+            networks: by role; ``actor`` or ``policy`` must be there. A critic takes
+                ``(obs, action)`` and gives Q as (B, 1), (B,) or a tuple of such.
+            obs: (N, ...).
+            targets: each target network's online network, by role.
+            name: what reports call it.
+            more: other attributes of `Subject`, ``transitions`` above all.
+        """
+        roles = dict(networks)
+        acting = roles.get("actor", roles.get("policy"))
+        if acting is None:
+            raise BatchproofError(
+                f"{name}: name the network that acts 'actor' or 'policy', got {', '.join(roles)}"
+            )
+        missing = {n for pair in (targets or {}).items() for n in pair if n not in roles}
+        if missing:
+            raise BatchproofError(
+                f"{name}: targets name networks that are not there: {', '.join(sorted(missing))}"
+            )
+
+        def q_of(role: str) -> Callable[[Obs, Tensor], Tensor] | None:
+            network = roles.get(role)
+            if network is None:
+                return None
+            return lambda batch, action: stacked_q(network(batch, action))
+
+        def actor_of(role: str) -> Callable[[Obs], Tensor] | None:
+            network = roles.get(role)
+            return None if network is None else lambda batch: output_of(network(batch))
+
+        given: dict[str, Any] = {
+            "critic": q_of("critic"),
+            "target_critic": q_of("critic_target"),
+            "critic_actor": actor_of("actor"),
+            "target_actor": actor_of("actor_target"),
+            "act": lambda batch: output_of(acting(batch)).detach(),
+            "policy": lambda batch: output_of(acting(batch)),
+        }
+        return cls(
+            name=name,
+            networks=roles,
+            obs=obs,
+            targets=dict(targets or {}),
+            **(given | more),
+        )
+
+    def modules(self) -> Iterator[tuple[str, str, nn.Module]]:
+        """Role, path and module of every module, each once; targets have their own roles."""
+        seen: set[int] = set()
+        for role, network in self.networks.items():
+            for path, module in network.named_modules():
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    yield role, path, module
+
+
+def output_of(value: Any) -> Tensor:
+    """The tensor (B, K) that a network means: the first of a tuple; a vector becomes (B, 1)."""
+    while isinstance(value, tuple | list):
+        value = value[0]
+    if not isinstance(value, Tensor):
+        raise BatchproofError(
+            f"the policy gave a {type(value).__name__}: wrap it so that it gives a tensor (B, K)"
+        )
+    return value[:, None] if value.ndim == 1 else value.flatten(1) if value.ndim > 1 else value
+
+
+def stacked_q(value: Any) -> Tensor:
+    """Q of every critic, (C, B), from a tensor (B, 1) or (B,) or a tuple of them."""
+    parts = value if isinstance(value, tuple | list) else (value,)
+    return torch.stack([part.reshape(len(part), -1)[:, 0] for part in parts])
+
+
+def tensors(obs: Obs) -> list[Tensor]:
+    """The tensors of a batch of observations."""
+    return list(obs.values()) if isinstance(obs, dict) else [obs]
+
+
+def rows(obs: Obs) -> int:
+    """Number of observations."""
+    return len(tensors(obs)[0])
+
+
+def take(obs: Obs, index: Any) -> Obs:
+    """Rows of a batch of observations; an integer keeps the batch axis."""
+    if isinstance(index, int):
+        index = slice(index, index + 1)
+    if isinstance(obs, dict):
+        return {key: part[index] for key, part in obs.items()}
+    return obs[index]
+
+
+def join(*parts: Obs) -> Obs:
+    """Batches of observations one after the other."""
+    if isinstance(parts[0], dict):
+        return {key: torch.cat([p[key] for p in parts]) for key in parts[0]}  # type: ignore[index]
+    return torch.cat(list(parts))  # type: ignore[arg-type]
+
+
+def fingerprint(subject: Subject) -> str:
+    """SHA-256 of all that an audit must not change: weights, buffers, gradients, modes, RNG."""
+    digest = hashlib.sha256()
+    for role, path, module in subject.modules():
+        digest.update(f"{role}/{path}/{module.training}".encode())
+        named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for key, value in named:
+            digest.update(
+                f"{key}/{value.dtype}/{tuple(value.shape)}/{value.requires_grad}".encode()
+            )
+            digest.update(_bytes(value))
+            if value.grad is not None:
+                digest.update(_bytes(value.grad))
+    digest.update(_bytes(torch.get_rng_state()))
+    digest.update(repr(np.random.get_state()).encode())
+    digest.update(repr(random.getstate()).encode())
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@contextmanager
+def unchanged(subject: Subject, *, parameters: bool = True) -> Iterator[None]:
+    """Hand the subject back bit for bit as it was, also after an exception or Ctrl-C.
+
+    Parameters, buffers (also those added or replaced inside), gradients, gradient flags, modes,
+    tensors, arrays and numbers that modules keep as plain attributes, and the random state of
+    torch, NumPy and Python.
+
+    Args:
+        subject: what is examined.
+        parameters: whether parameters and gradients are put back too; a forward pass alone changes
+            none, and leaving them out is many times faster.
+    """
+    kinds = ("_parameters", "_buffers") if parameters else ("_buffers",)
+    saved = [_Saved(module, kinds) for _, _, module in subject.modules()]
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    python_state, grad_enabled = random.getstate(), torch.is_grad_enabled()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        for module in saved:
+            module.restore()
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        torch.set_grad_enabled(grad_enabled)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+class _Saved:
+    """One module's own state, and the way back to it, into the very same tensors."""
+
+    def __init__(self, module: nn.Module, kinds: tuple[str, ...]) -> None:
+        self.module = module
+        self.training = module.training
+        self.held = {kind: dict(getattr(module, kind)) for kind in ("_parameters", "_buffers")}
+        self.tensors = {
+            kind: {
+                key: (value, value.detach().clone(), value.requires_grad, _clone(value.grad))
+                for key, value in getattr(module, kind).items()
+                if value is not None
+            }
+            for kind in kinds
+        }
+        # Home-made normalizers often keep their statistics in attributes that are no buffers.
+        self.plain = {
+            key: (value, value.detach().clone() if isinstance(value, Tensor) else copy.copy(value))
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor | np.ndarray | int | float)
+        }
+        # Forward overrides and hooks that an interrupted probe may have left behind.
+        self.own_forward = module.__dict__.get("forward")
+        self.hooks = {
+            name: dict(getattr(module, name))
+            for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        }
+
+    def restore(self) -> None:
+        module = self.module
+        module.training = self.training
+        for kind, saved in self.tensors.items():
+            holder = getattr(module, kind)
+            holder.clear()  # refilled in the order of old, which a state dict keeps
+            holder.update(self.held[kind])
+            for value, content, requires_grad, grad in saved.values():
+                if value.dtype != content.dtype or value.shape != content.shape:
+                    value.data = content
+                else:
+                    value.data.copy_(content)
+                value.requires_grad_(requires_grad)
+                value.grad = grad
+        for key, (plain, held) in self.plain.items():
+            module.__dict__[key] = plain
+            if isinstance(plain, Tensor) and isinstance(held, Tensor):
+                plain.data.copy_(held)
+            elif isinstance(plain, np.ndarray):
+                plain[...] = held
+        if self.own_forward is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = self.own_forward
+        for name, hooks in self.hooks.items():
+            current = getattr(module, name)
+            current.clear()
+            current.update(hooks)
+
+
+def _clone(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.detach().clone()
+
+
+@contextmanager
+def training_mode(subject: Subject, training: bool) -> Iterator[None]:
+    """All networks in train or in eval mode for a block; each module's own flag comes back."""
+    flags = [(module, module.training) for _, _, module in subject.modules()]
+    for module, _ in flags:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

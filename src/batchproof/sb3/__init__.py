@@ -1,0 +1,33 @@
+"""Stable-Baselines3 and sb3-contrib: subjects from their models, mode plans, policies, monitor.
+
+Names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchproof.sb3 import policies
+    from batchproof.sb3.adapter import subject_from_model
+    from batchproof.sb3.callback import MonitorCallback
+    from batchproof.sb3.loading import load_subject
+    from batchproof.sb3.modes import set_modes
+
+_HOMES = {
+    "MonitorCallback": "callback",
+    "load_subject": "loading",
+    "set_modes": "modes",
+    "subject_from_model": "adapter",
+}
+
+__all__ = ["MonitorCallback", "load_subject", "policies", "set_modes", "subject_from_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "policies":
+        return importlib.import_module("batchproof.sb3.policies")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"batchproof.sb3.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'batchproof.sb3' has no attribute {name!r}")

@@ -1,0 +1,93 @@
+"""The fixture and the assertion, in a test suite of somebody else's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from batchproof.clinic import Subject
+from batchproof.errors import BatchproofError
+from batchproof.testing import assert_batchproof
+
+SUITE = """
+import sys
+
+import torch
+from torch import nn
+
+OBS = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_nothing_heavy_before_use(batchproof_audit):
+    pass
+
+
+def test_sound(batchproof_audit):
+    net = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    report = batchproof_audit(net, OBS, only=["BP1"])
+    assert report.clean
+
+
+def test_coupled(batchproof_audit):
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).train()
+    batchproof_audit(net, OBS, only=["BP1"])
+"""
+
+
+def coupled():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).train()
+
+
+OBS = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+
+
+def test_fixture_fails_the_test_with_the_report(tmp_path: Path):
+    (tmp_path / "test_theirs.py").write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    # Installing the package is enough: pytest finds the plugin by its entry point.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
+    assert "FAILED test_theirs.py::test_coupled" in done.stdout
+    assert "What to do:" in done.stdout
+
+
+def test_plugin_imports_nothing_heavy():
+    script = (
+        "import sys, batchproof.pytest_plugin, batchproof.testing; "
+        "sys.exit(bool({'torch', 'numpy', 'stable_baselines3', 'jax'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda obs: net(obs)])
+def test_assertion_carries_the_text_report(wrap):
+    with pytest.raises(AssertionError, match="FAIL BP1"):
+        assert_batchproof(wrap(coupled()), OBS, only=["BP1"])
+
+
+def test_subject_brings_its_observations():
+    subject = Subject.from_module(coupled(), torch.from_numpy(OBS))
+    with pytest.raises(AssertionError, match="FAIL BP1"):
+        assert_batchproof(subject, only=["BP1"])
+    subject = Subject.from_module(coupled().eval(), torch.from_numpy(OBS))
+    assert assert_batchproof(subject, only=["BP1"]).clean
+
+
+def test_a_module_needs_observations():
+    with pytest.raises(BatchproofError, match=r"assert_batchproof\(policy, obs\)"):
+        assert_batchproof(coupled())
+
+
+def test_what_is_ignored_does_not_fail():
+    assert assert_batchproof(coupled(), OBS, only=["BP1"], ignore=["BP1"]).clean
