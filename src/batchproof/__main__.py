@@ -1,7 +1,5 @@
 """``python -m batchproof``."""
 
-import sys
+from batchproof.cli import run
 
-from batchproof.cli import main
-
-sys.exit(main())
+run()

@@ -11,6 +11,7 @@ error), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -86,7 +87,27 @@ def _run(words: list[str]) -> int:
         args = _parser().parse_args(words)
     except SystemExit as done:  # --help and --version, which have printed what they had to say
         return int(done.code or 0)
-    return args.run(args, shlex.join(["batchproof", *words]))
+    with _uncollected() if args.run in (_audit, _trace, _fix) else nullcontext():
+        return args.run(args, shlex.join(["batchproof", *words]))
+
+
+def run() -> NoReturn:
+    """The console script: `main`, and an exit that does not look for cycles among all modules."""
+    code = main()
+    gc.freeze()
+    sys.exit(code)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Do not look for garbage cycles: among the objects of torch's modules that costs a second."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _complain(message: str) -> int:

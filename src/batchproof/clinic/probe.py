@@ -213,7 +213,14 @@ def output_and_state(
 
 def replica(call: Call) -> nn.Module:
     """A copy of the module as it was before the call, without hooks."""
-    module = copy.deepcopy(call.module)
+    # Libraries hang optimizers and spaces on their networks; no forward pass changes those.
+    shared = {
+        id(value): value
+        for part in call.module.modules()
+        for value in vars(part).values()
+        if isinstance(value, torch.optim.Optimizer) or _is_space(value)
+    }
+    module = copy.deepcopy(call.module, shared)
     for part in module.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             getattr(part, name).clear()
@@ -224,6 +231,10 @@ def replica(call: Call) -> nn.Module:
         if key in own and own[key].shape == value.shape:
             own[key].data.copy_(value)
     return module
+
+
+def _is_space(value: Any) -> bool:
+    return type(value).__module__.startswith("gymnasium.spaces")
 
 
 def first_tensor(value: Any) -> Tensor | None:
