@@ -139,7 +139,42 @@ def learning() -> str:
     return "\n".join([*lines, "", *commands])
 
 
+def planted() -> str:
+    record = _load(RESULTS / "planted-defects" / "planted.json")
+    if record is None:
+        return "Not measured yet."
+    rows = record["planted"]
+    lines = ["| planted defect | rule | layer | found | outcome |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {r['name']} | [{r['code']}](rules/{r['code']}.md) | `{r['layer'] or '-'}` "
+        f"| {'yes' if r['found'] else '**no**'} | {r['status']} |"
+        for r in rows
+    ]
+    found = sum(row["found"] for row in rows)
+    return f"{found} of {len(rows)} planted defects are found.\n\n" + "\n".join(lines)
+
+
+def healthy() -> str:
+    record = _load(RESULTS / "planted-defects" / "planted.json")
+    if record is None:
+        return "Not measured yet."
+    rows = record["healthy"]
+    lines = ["| healthy policy | failures | to review | skipped |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['name']} | {', '.join(r['failed']) or '-'} | {', '.join(r['review']) or '-'} "
+        f"| {', '.join(r['skipped']) or '-'} |"
+        for r in rows
+    ]
+    alarms = sum(bool(row["failed"]) for row in rows)
+    return (
+        f"False alarms on {alarms} of {len(rows)} healthy policies.\n\n"
+        + "\n".join(lines)
+        + f"\n\n`{record['command']}`, {record['wall_s'] / 60:.0f} minutes."
+    )
+
+
 TABLES = {
+    "planted-defects.md": {"planted": planted, "healthy": healthy},
     "constant-reward.md": {"verdicts": verdicts, "conditions": conditions, "sb3": sb3},
     "benchmarks.md": {
         "constant_reward": lambda: "\n\n".join(
@@ -147,6 +182,9 @@ TABLES = {
         ),
         "half_cheetah": lambda: _benchmark("half_cheetah"),
         "gemm": lambda: _benchmark("gemm"),
+        "audit": lambda: _benchmark("audit"),
+        "layers": lambda: _benchmark("layers"),
+        "monitor": lambda: _benchmark("monitor"),
         "learning": learning,
     },
 }
