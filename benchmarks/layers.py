@@ -73,7 +73,7 @@ def main() -> None:
         print(json.dumps(worker(*(int(word) for word in args.worker))))
         return
     began = time.perf_counter()
-    blocks, rounds = (30, 1) if args.quick else (200, args.rounds)
+    blocks, rounds = (30, 1) if args.quick else (50, args.rounds)
     cells = {
         f"{rows}x{features}, {threads} threads": [str(n) for n in (rows, features, threads, blocks)]
         for rows, features in SHAPES
