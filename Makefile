@@ -22,7 +22,7 @@ test: .venv/.dev  ## run the tests
 
 lint: .venv/.dev  ## ruff and mypy
 	@echo "== Checking style, formatting and types"
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

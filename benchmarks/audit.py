@@ -40,8 +40,9 @@ class Frames(gymnasium.Env[np.ndarray, int]):
 
 def build(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Both models and their observations on disk, by the name of the comparison."""
-    from batchproof.sb3.policies import NormTD3Policy
     from stable_baselines3 import PPO, TD3
+
+    from batchproof.sb3.policies import NormTD3Policy
 
     td3 = TD3(
         NormTD3Policy,
