@@ -20,6 +20,10 @@ planted = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(planted)
 
 EXPORTS = ("BP602", "BP603")
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(n) is None for n in ("onnx", "onnxscript", "onnxruntime")),
+    reason="needs the extra onnx",
+)
 
 
 def outcome(subject, code):
@@ -238,13 +242,32 @@ def test_dict_observations_and_dropout(code):
     assert result.status is Status.PASS, (result.reason, result.findings)
 
 
-def test_onnx_is_skipped_with_the_missing_packages_or_run():
+@needs_onnx
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), planted.PlainStatistics(8)])
+def test_the_onnx_file_of_a_healthy_policy_passes(norm):
+    result = outcome(planted.module_subject(norm), "BP604")
+    assert result.status is Status.PASS, (result.reason, result.findings)
+
+
+@needs_onnx
+def test_an_onnx_file_of_a_policy_in_train_mode_fails():
+    build, _, _ = planted.PLANTED["torch.export of a policy in train mode"]
+    result = outcome(build(), "BP604")
+    assert result.status is Status.FAIL, result.reason
+    assert "run on 64" in result.findings[0].message
+
+
+def test_onnx_waits_to_be_asked_for():
+    result = audit(planted.module_subject(nn.BatchNorm1d(8))).outcomes["BP604"]
+    assert result.status is Status.SKIPPED
+    assert "--only BP604" in result.reason
+
+
+def test_missing_onnx_packages_are_named(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if "onnx" in name else find_spec(name)
+    )
     result = outcome(planted.module_subject(nn.BatchNorm1d(8)), "BP604")
-    missing = [
-        n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None
-    ]
-    if missing:
-        assert result.status is Status.SKIPPED
-        assert all(name in result.reason for name in missing)
-    else:
-        assert result.status is Status.PASS
+    assert result.status is Status.SKIPPED
+    assert "batchproof[onnx]" in result.reason

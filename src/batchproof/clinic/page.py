@@ -16,7 +16,7 @@ from batchproof.clinic import formats
 from batchproof.clinic.probe import LayerFacts
 from batchproof.clinic.rules import FAMILIES, RULES, Finding, Outcome, Report, Status
 from batchproof.modes import Plan, Slot
-from batchproof.study.report import _STYLE as HOUSE_STYLE  # one look for every page
+from batchproof.study.report import STYLE as HOUSE_STYLE  # one look for every page
 
 if TYPE_CHECKING:
     from batchproof.clinic.trace import Trace

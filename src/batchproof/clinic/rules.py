@@ -135,6 +135,7 @@ class Rule:
         fix: the name of the fix in `batchproof.clinic.fix`, '' where none is automatic.
         safe: whether that fix leaves outputs as deployed unchanged.
         references: issues and papers.
+        on_request: takes seconds, so it runs only where `audit` is told codes and its own fits.
     """
 
     code: str
@@ -148,6 +149,7 @@ class Rule:
     fix: str = ""
     safe: bool = True
     references: tuple[str, ...] = ()
+    on_request: bool = False
 
     @property
     def family(self) -> str:
@@ -327,7 +329,8 @@ def audit(
 
     Args:
         subject: what to examine.
-        only: codes or prefixes (``BP3``) to run; None runs all.
+        only: codes or prefixes (``BP3``) to run; None runs all but those on request, which are
+            reported as skipped.
         ignore: codes or prefixes to leave out.
         progress: told each rule's code before it runs.
 
@@ -343,7 +346,11 @@ def audit(
         before = fingerprint(subject)
         for code, one in rules.items():
             progress(code)
-            outcomes[code] = _run(one, examination)
+            if one.on_request and only is None:
+                why = f"runs on request, since it takes seconds: --only {code}"
+                outcomes[code] = Outcome(Status.SKIPPED, why, code=code)
+            else:
+                outcomes[code] = _run(one, examination)
         facts = _facts(examination)
         if fingerprint(subject) != before:
             raise AssertionError("a rule left the subject changed: please report this")

@@ -135,14 +135,14 @@ def _constant(value: Tensor) -> bool:
 
 def _followed_in_update(exam: Examination) -> dict[str, Followed]:
     """By one real update, before which every running statistic of the targets is put off."""
-    from batchproof.clinic.trace import _handed_back
+    from batchproof.clinic.handback import handed_back
 
     subject = exam.subject
     networks = subject.networks
     layers = of_targets(exam)
     assert subject.update is not None
     result = {}
-    with _handed_back(subject):
+    with handed_back(subject):
         before: dict[str, dict[str, Tensor]] = {}
         weights = {}
         for target, found in layers.items():

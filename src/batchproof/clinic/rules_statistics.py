@@ -947,7 +947,7 @@ def batch_of_one(exam: Examination) -> Outcome:
 
 def _single_rows(exam: Examination) -> list[Finding]:
     """Layers that one real update, run and undone, gives a single row in train mode."""
-    from batchproof.clinic.trace import _handed_back
+    from batchproof.clinic.handback import handed_back
 
     subject = exam.subject
     layers = [f for f in exam.layers if f.couples_train or f.running]
@@ -960,7 +960,7 @@ def _single_rows(exam: Examination) -> list[Finding]:
             seen.add(name)
 
     assert subject.update is not None
-    with _handed_back(subject), torch.enable_grad():
+    with handed_back(subject), torch.enable_grad():
         handles = [f.call.module.register_forward_pre_hook(partial(look, f.name)) for f in layers]
         try:
             subject.update()

@@ -139,7 +139,7 @@ def _page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <header>
@@ -393,7 +393,7 @@ def _duration(seconds: Any) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-_STYLE = """
+STYLE = """
 :root {
   --page: #ffffff; --card: #f6f7f8; --ink: #1b1b1b; --quiet: #5c6166; --line: #d9dcdf;
   --link: #005a94; --good: #00694c; --good-soft: #e0f3ec; --bad: #a8381b; --bad-soft: #fbe8e0;
