@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from batchproof.errors import BatchproofError
+from batchproof.estimators import Batch
+from batchproof.lab.estimators import ESTIMATORS
 from batchproof.modes import Mode
 
 PLACEMENTS = ("input", "pre", "post", "before-action")
@@ -51,6 +53,8 @@ class Norm:
         warmup_steps: forward passes that updated the statistics.
         r_max: upper bound of Batch Renorm's scale correction; the lower one is its inverse.
         d_max: bound of Batch Renorm's shift correction.
+        estimator: a name in `batchproof.lab.estimators.ESTIMATORS`: how the running statistics of
+            ``batch`` and ``renorm`` move.
     """
 
     kind: str = "none"
@@ -65,6 +69,7 @@ class Norm:
     warmup_steps: int = 0
     r_max: float = 3.0
     d_max: float = 5.0
+    estimator: str = "ema"
 
     def __post_init__(self) -> None:
         _one_of("norm", self.kind, tuple(KINDS))
@@ -74,6 +79,7 @@ class Norm:
         _one_of("running_variance", self.running_variance, ("biased", "unbiased"))
         _one_of("formula", self.formula, ("canonical", "folded"))
         _one_of("warmup", self.warmup, ("hard", "smooth"))
+        _one_of("estimator", self.estimator, tuple(ESTIMATORS))
         if not 0 < self.momentum <= 1:
             raise BatchproofError(
                 f"momentum must be in (0, 1], got {self.momentum}: it is the weight of the new "
@@ -155,7 +161,7 @@ def _batch(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tu
         mean, var = jax.lax.stop_gradient(_moments(x))
         inverse_std = _inverse_std(norm, var * _correction(norm, len(x)))
         y = _affine(x, mean, inverse_std * scale, bias)
-    return y, _move(norm, stats, mean, var, len(x)) if mode.updates else stats
+    return y, _move(norm, stats, mean, var, x) if mode.updates else stats
 
 
 def _renorm(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tuple[Array, Stats]:
@@ -169,7 +175,7 @@ def _renorm(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> t
     scale, bias = params["scale"], params["bias"]
     correction = _correction(norm, len(x))
     mean, biased = _moments(x)
-    new_stats = _move(norm, stats, mean, biased, len(x)) if mode.updates else stats
+    new_stats = _move(norm, stats, mean, biased, x) if mode.updates else stats
     if not mode.gradient:
         mean, biased = jax.lax.stop_gradient((mean, biased))
     var = biased * correction
@@ -283,15 +289,15 @@ def _bessel(variance: str, rows: int) -> float:
     return rows / (rows - 1) if variance == "unbiased" and rows > 1 else 1.0
 
 
-def _move(norm: Norm, stats: Stats, mean: Array, biased_var: Array, rows: int) -> Stats:
-    """Exponential moving average of the batch's statistics, carrying no gradient."""
-    mean, var = jax.lax.stop_gradient((mean, biased_var * _bessel(norm.running_variance, rows)))
-    rho = norm.momentum
-    return {
-        "mean": stats["mean"] + rho * (mean - stats["mean"]),
-        "var": stats["var"] + rho * (var - stats["var"]),
-        "count": stats["count"] + 1,
-    }
+def _move(norm: Norm, stats: Stats, mean: Array, biased_var: Array, x: Array) -> Stats:
+    """The running statistics after a batch ``x`` (B, F), carrying no gradient."""
+    mean, biased_var, x = jax.lax.stop_gradient((mean, biased_var, x))
+    bessel = _bessel(norm.running_variance, len(x))
+    count = stats["count"] + 1
+    batch = Batch(mean, biased_var * bessel, x, count, bessel)
+    update = ESTIMATORS[norm.estimator]
+    mean, var = update(stats["mean"], stats["var"], batch, norm.momentum)
+    return {"mean": mean, "var": var, "count": count}
 
 
 def _inverse_std(norm: Norm, var: Array) -> Array:

@@ -3,7 +3,7 @@
 from batchproof.layers.batch_norm import BatchNorm1d, BatchNorm2d
 from batchproof.layers.batch_renorm import BatchRenorm1d, BatchRenorm2d
 from batchproof.layers.convert import CONVENTIONS, from_state, to_state
-from batchproof.layers.functional import ESTIMATORS
+from batchproof.layers.estimators import ESTIMATORS
 from batchproof.layers.override import mode_layers, use_mode
 from batchproof.layers.registry import LAYERS, create_norm
 

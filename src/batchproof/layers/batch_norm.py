@@ -56,7 +56,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             eps=self.eps,
             batch_variance=self.batch_variance,
             running_variance=self.running_variance,
-            estimator=ESTIMATORS[self.estimator],
+            estimator=self.estimator,
         )
 
     def extra_repr(self) -> str:
@@ -92,7 +92,7 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         batch_variance: ``biased`` (divided by the number of rows) or ``unbiased`` (one less), for
             normalizing.
         running_variance: the same choice for what the running variance averages.
-        estimator: a name in `batchproof.layers.ESTIMATORS`.
+        estimator: a name in `batchproof.layers.ESTIMATORS`; `batchproof.estimators` compares them.
 
     Raises:
         BatchproofError: a bad option; on calling, a wrong shape, mode ``J`` or ``M``, mode ``E``

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from batchproof.layers.batch_norm import check_input, check_options, choose_mode
-from batchproof.layers.functional import ESTIMATORS, Renorm, normalize
+from batchproof.layers.functional import Renorm, normalize
 from batchproof.modes import Mode
 
 
@@ -75,7 +75,7 @@ class _BatchRenorm(nn.Module):
             batch_variance=self.batch_variance,
             running_variance=self.running_variance,
             renorm=self.renorm,
-            estimator=ESTIMATORS[self.estimator],
+            estimator=self.estimator,
         )
 
     def extra_repr(self) -> str:
@@ -121,7 +121,7 @@ class BatchRenorm1d(_BatchRenorm):
         batch_variance: ``biased`` (divided by the number of rows) or ``unbiased`` (one less), for
             normalizing.
         running_variance: the same choice for what the running variance averages.
-        estimator: a name in `batchproof.layers.ESTIMATORS`.
+        estimator: a name in `batchproof.layers.ESTIMATORS`; `batchproof.estimators` compares them.
 
     Raises:
         BatchproofError: a bad option; on calling, a wrong shape, mode ``J`` or ``M``, an empty

@@ -148,6 +148,8 @@ def to_state(layer: BatchRenorm1d, source: str) -> dict[str, Any]:
         wrong.append("warmup='hard'")
     if source == "sb3-contrib" and (layer.renorm.r_max, layer.renorm.d_max) != (3.0, 5.0):
         wrong.append("r_max=3.0, d_max=5.0")
+    if layer.estimator != "ema":
+        wrong.append("estimator='ema'")
     if wrong:
         raise BatchproofError(
             f"the layer is not {source}'s kind of batch renorm: make it with {', '.join(wrong)}"

@@ -8,13 +8,14 @@ other axes of ``x`` (N, C, ...).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from batchproof.errors import BatchproofError
+from batchproof.estimators import Batch
+from batchproof.layers.estimators import ESTIMATORS
 from batchproof.modes import Mode
 
 VARIANCES = ("biased", "unbiased")
@@ -42,28 +43,6 @@ class Renorm:
             raise BatchproofError(
                 f"Batch Renorm needs r_max >= 1 and d_max >= 0, got {self.r_max} and {self.d_max}"
             )
-
-
-Estimator = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "float | Tensor"], None]
-"""Moves ``running_mean`` and ``running_var`` (C,) in place, given the batch's ``mean`` and ``var``
-(C,), the batch ``x`` (N, C, ...) itself and the momentum: the weight of the new batch."""
-
-
-def ema(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    x: Tensor,
-    momentum: float | Tensor,
-) -> None:
-    """Exponential moving average: running += momentum * (batch - running)."""
-    running_mean.lerp_(mean, momentum)
-    running_var.lerp_(var, momentum)
-
-
-ESTIMATORS: dict[str, Estimator] = {"ema": ema}
-"""Every estimator of running statistics by name."""
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -107,7 +86,7 @@ def normalize(
     batch_variance: str = "biased",
     running_variance: str = "unbiased",
     renorm: Renorm | None = None,
-    estimator: Estimator = ema,
+    estimator: str = "ema",
 ) -> Tensor:
     """Normalize ``x`` (N, C, ...) in the given mode and move the running statistics in place.
 
@@ -131,7 +110,7 @@ def normalize(
         batch_variance: ``biased`` or ``unbiased``, for normalizing.
         running_variance: the same choice for what the running variance averages.
         renorm: Batch Renorm's options, or None for batch norm.
-        estimator: moves the running statistics.
+        estimator: a name in `ESTIMATORS`; it moves the running statistics.
 
     Raises:
         BatchproofError: mode ``E``, or Batch Renorm, without running statistics; an empty batch in
@@ -186,7 +165,7 @@ def _by_batch(
     batch_variance: str,
     running_variance: str,
     renorm: Renorm | None,
-    estimator: Estimator,
+    estimator: str,
 ) -> Tensor:
     """`normalize` in the modes that use the batch's statistics, in float32 or better."""
     rows = x.numel() // x.shape[1]
@@ -221,10 +200,13 @@ def _by_batch(
             count.add_(1)
             if momentum is None:
                 share = count.to(running_mean.dtype).reciprocal()
-        var = _scaled(var, _bessel(running_variance, rows))
+        bessel = _bessel(running_variance, rows)
+        var = _scaled(var, bessel)
         if running_mean.dtype != mean.dtype:
             mean, var = mean.to(running_mean.dtype), var.to(running_mean.dtype)
-        estimator(running_mean, running_var, mean, var, batch, share)
+        # Not `bessel or 1.0`: asking a traced size for its truth would fix it for torch.export.
+        seen = Batch(mean, var, batch, count, 1.0 if bessel is None else bessel)
+        ESTIMATORS[estimator](running_mean, running_var, seen, share)
     return y
 
 
