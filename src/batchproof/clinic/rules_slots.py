@@ -106,7 +106,9 @@ def followed(exam: Examination) -> dict[str, Followed]:
     """By target network; found once for both rules."""
     if exam not in _FOLLOWED:
         static = _followed_so_far(exam)
-        update = {} if exam.subject.update is None else _followed_in_update(exam)
+        # Statistics that moved and are bit-identical in both were copied: no update need show it.
+        told = exam.subject.update is None or _equal_as_they_stand(exam)
+        update = {} if told else _followed_in_update(exam)
         _FOLLOWED[exam] = static | {k: v for k, v in update.items() if v.weights}
     return _FOLLOWED[exam]
 
@@ -126,6 +128,21 @@ def _followed_so_far(exam: Examination) -> dict[str, Followed]:
                 (no if _constant(value) else yes).append(f"{layer.path}.{name}".lstrip("."))
         result[target] = Followed(bool(yes or no), yes, no, "as they stand")
     return result
+
+
+def _equal_as_they_stand(exam: Examination) -> bool:
+    """Whether every target's statistics moved and equal the online network's, bit for bit."""
+    networks, targets = exam.subject.networks, exam.subject.targets
+    pairs = [
+        (value, statistics_of(networks[targets[target]], layer).get(name))
+        for target, layers in of_targets(exam).items()
+        for layer in layers
+        for name, value in statistics_of(networks[target], layer).items()
+    ]
+    return bool(pairs) and all(
+        ours is not None and torch.equal(value, ours) and not _constant(value)
+        for value, ours in pairs
+    )
 
 
 def _constant(value: Tensor) -> bool:
@@ -295,7 +312,8 @@ def _sync_effect(exam: Examination, target: str) -> str:
         "With an update: every running statistic s of the target is put off to 1.5 s + c, one real "
         "update is run and undone, the target's weights moved, and no statistic went towards the "
         "online one (s' = s + rho (s_online - s), residual below 1%). Without: all statistics of "
-        "the target are 0 or 1 throughout while the online network's have moved."
+        "the target are 0 or 1 throughout while the online network's have moved. Statistics that "
+        "have moved and are bit-identical in both were synced, and no update is run."
     ),
     why=(
         "The target's weights assume inputs that were normalized; with its initial statistics it "

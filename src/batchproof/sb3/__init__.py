@@ -11,18 +11,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchproof.sb3 import policies
     from batchproof.sb3.adapter import subject_from_model
+    from batchproof.sb3.atari import AtariVecEnv, make_atari
     from batchproof.sb3.callback import MonitorCallback
     from batchproof.sb3.loading import load_subject
     from batchproof.sb3.modes import set_modes
+    from batchproof.sb3.nature_cnn import CombinedExtractor, NatureCNN
+    from batchproof.sb3.on_policy import OnPolicyModes
 
 _HOMES = {
+    "AtariVecEnv": "atari",
+    "CombinedExtractor": "nature_cnn",
     "MonitorCallback": "callback",
+    "NatureCNN": "nature_cnn",
+    "OnPolicyModes": "on_policy",
     "load_subject": "loading",
+    "make_atari": "atari",
     "set_modes": "modes",
     "subject_from_model": "adapter",
 }
 
-__all__ = ["MonitorCallback", "load_subject", "policies", "set_modes", "subject_from_model"]
+__all__ = [
+    "AtariVecEnv",
+    "CombinedExtractor",
+    "MonitorCallback",
+    "NatureCNN",
+    "OnPolicyModes",
+    "load_subject",
+    "make_atari",
+    "policies",
+    "set_modes",
+    "subject_from_model",
+]
 
 
 def __getattr__(name: str) -> Any:

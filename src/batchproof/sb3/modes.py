@@ -118,7 +118,8 @@ def _networks(model: Any) -> dict[str, nn.Module]:
     if isinstance(model, OnPolicyAlgorithm):
         raise BatchproofError(
             f"a mode plan is for SAC, TD3, DDPG and TQC: {name} has no critic of actions and no "
-            'target networks (slots 2 to 5); for it use a norm of single rows, norm="layer"'
+            "target networks (slots 2 to 5); for it use batchproof.sb3.OnPolicyModes, or a norm of "
+            'single rows, norm="layer"'
         )
     policy = getattr(model, "policy", None)
     actor, critic = getattr(policy, "actor", None), getattr(policy, "critic", None)

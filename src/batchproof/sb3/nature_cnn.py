@@ -1,0 +1,177 @@
+"""The convolutional network of DQN (Nature 518.7540, 2015) with normalization by keyword.
+
+    PPO("CnnPolicy", env, policy_kwargs={
+        "features_extractor_class": NatureCNN,
+        "features_extractor_kwargs": {"use_batch_norm": True},
+    })
+
+Off, which is the default, it is Stable-Baselines3's own: the same parameters, names, initial
+values, random draws and outputs (to rounding), so that models load both ways; it only computes
+with the channels last in memory, which is faster on a CPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common import torch_layers as library
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
+from torch import Tensor, nn
+
+from batchproof.errors import BatchproofError
+from batchproof.layers import create_norm
+from batchproof.layers.functional import one_of
+
+AUTOCAST = {"bfloat16": torch.bfloat16}
+"""The types, other than the parameters' own, that the layers can compute in."""
+
+
+class _TakenForTheLibrarys(type(nn.Module)):  # type: ignore[misc]
+    """Equal to the library's NatureCNN: its policies ask for that class by ``==``.
+
+    They leave out their own hidden layers behind it (``net_arch=[]``), and put two behind every
+    other extractor, a subclass included.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is library.NatureCNN or cls is other
+
+    __hash__ = type.__hash__
+
+
+class NatureCNN(library.NatureCNN, metaclass=_TakenForTheLibrarys):
+    """Three convolutions and a linear layer: images (B, C, H, W) to features (B, features_dim).
+
+    Each convolution becomes Conv2d - norm - ReLU; the linear layer stays as it is. For
+    ``CnnPolicy``; `CombinedExtractor` is for ``MultiInputPolicy``.
+
+    Args:
+        observation_space: images, channels first.
+        features_dim: features that come out.
+        normalized_image: whether images arrive as numbers that need no division by 255.
+        use_batch_norm: short for ``norm="batch"``.
+        norm: a name in `batchproof.layers.LAYERS`; ``none`` and None are off.
+        norm_options: keywords of the norm's constructor, for example ``{"momentum": 0.01}``.
+        autocast: ``bfloat16`` computes convolutions and linear layer in it, on a CPU that has
+            instructions for it; parameters, norms and the features stay float32.
+
+    Warns:
+        UserWarning: ``autocast`` without a GPU on a CPU that emulates it, many times slower.
+
+    Raises:
+        BatchproofError: ``use_batch_norm`` beside another norm, an unknown norm, option or type.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        features_dim: int = 512,
+        normalized_image: bool = False,
+        use_batch_norm: bool = False,
+        norm: str | None = None,
+        norm_options: Mapping[str, Any] | None = None,
+        autocast: str | None = None,
+    ) -> None:
+        chosen = _chosen(use_batch_norm, norm)
+        if norm_options and chosen == "none":
+            raise BatchproofError("norm_options are for a norm: give norm, for example 'batch'")
+        if autocast is not None:
+            one_of("autocast", autocast, tuple(AUTOCAST))
+            _warn_if_slow(autocast)
+        super().__init__(observation_space, features_dim, normalized_image)
+        self.norm = chosen
+        self.autocast = autocast
+        if chosen != "none":
+            self.cnn = _normalized(self.cnn, chosen, norm_options)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Features (B, features_dim) of images (B, C, H, W)."""
+        images = observations.contiguous(memory_format=torch.channels_last)
+        if self.autocast is None:
+            return self.linear(self.cnn(images))
+        with torch.autocast(images.device.type, AUTOCAST[self.autocast]):
+            return self.linear(self.cnn(images)).float()
+
+
+class CombinedExtractor(library.CombinedExtractor):
+    """For dict observations: a `NatureCNN` for each image, everything else flattened.
+
+    In place of the library's, for ``MultiInputPolicy``; off, it is the library's own.
+
+    Args:
+        observation_space: a dict of spaces.
+        cnn_output_dim: features of each image.
+        normalized_image: as `NatureCNN`.
+        use_batch_norm: as `NatureCNN`.
+        norm: as `NatureCNN`.
+        norm_options: as `NatureCNN`.
+        autocast: as `NatureCNN`.
+
+    Raises:
+        BatchproofError: as `NatureCNN`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        cnn_output_dim: int = 256,
+        normalized_image: bool = False,
+        use_batch_norm: bool = False,
+        norm: str | None = None,
+        norm_options: Mapping[str, Any] | None = None,
+        autocast: str | None = None,
+    ) -> None:
+        # Not the library's constructor, which would make its own networks and draw for them.
+        library.BaseFeaturesExtractor.__init__(self, observation_space, features_dim=1)
+        extractors: dict[str, nn.Module] = {}
+        total = 0
+        for key, space in observation_space.spaces.items():
+            if is_image_space(space, normalized_image=normalized_image):
+                extractors[key] = NatureCNN(
+                    space,
+                    cnn_output_dim,
+                    normalized_image,
+                    use_batch_norm,
+                    norm,
+                    norm_options,
+                    autocast,
+                )
+                total += cnn_output_dim
+            else:
+                extractors[key] = nn.Flatten()
+                total += get_flattened_obs_dim(space)
+        self.extractors = nn.ModuleDict(extractors)
+        self._features_dim = total
+
+
+def _warn_if_slow(autocast: str) -> None:
+    # PyTorch 2.4 to 2.7 cannot say what a CPU has.
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = not has or has["architecture"] != "x86_64" or has["avx512_bf16"] or has["amx_bf16"]
+    if not (fast or torch.cuda.is_available()):
+        warnings.warn(
+            f"autocast={autocast!r} is many times slower than float32 on this CPU, which has no "
+            "instructions for it: leave it out here",
+            stacklevel=3,
+        )
+
+
+def _chosen(use_batch_norm: bool, norm: str | None) -> str:
+    if use_batch_norm and norm not in (None, "batch"):
+        raise BatchproofError(
+            f"use_batch_norm=True and norm={norm!r} contradict each other: give norm={norm!r} alone"
+        )
+    return "batch" if use_batch_norm else norm or "none"
+
+
+def _normalized(cnn: nn.Sequential, norm: str, options: Mapping[str, Any] | None) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for layer in cnn:
+        layers.append(layer)
+        if isinstance(layer, nn.Conv2d):
+            layers.append(create_norm(norm, layer.out_channels, dims=2, **(options or {})))
+    return nn.Sequential(*layers)
