@@ -55,9 +55,9 @@ def library_worker(library: str, algo: str, width: int) -> dict[str, float]:
 def training(algo: str, width: int, seeds: int, norm: str = "none") -> Any:
     """Our run of the same."""
     from batchproof.lab.agents import AGENTS
-    from batchproof.lab.loop import Training
     from batchproof.lab.nets import MLP
     from batchproof.lab.norms import Norm
+    from batchproof.lab.training import Training
 
     mlp = MLP((width, width), Norm(norm))
     return Training(
@@ -84,7 +84,7 @@ def lab_worker(algo: str, width: int, seeds: int) -> dict[str, float]:
 
 def steady_worker(algo: str, width: int, seeds: int) -> dict[str, float]:
     """Seed-updates per second of the compiled loop, environment included, once it is warm."""
-    from batchproof.lab.loop import Stepper
+    from batchproof.lab.off_policy import Stepper
 
     steps = Stepper(training(algo, width, seeds))
     steps.advance(STEADY_FROM)

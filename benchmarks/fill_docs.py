@@ -173,9 +173,75 @@ def healthy() -> str:
     )
 
 
+def _breakout() -> Any:
+    return _load(RESULTS / "naturecnn-breakout" / "study.json")
+
+
+def _interval(found: list[float | None] | None) -> str:
+    if found is None or found[1] is None:
+        return "-"
+    return f"{found[0]:+.1f} [{found[1]:.1f}, {found[2]:.1f}]"
+
+
+def breakout_verdicts() -> str:
+    study = _breakout()
+    if study is None:
+        return "Not measured yet."
+    lines = ["| claim | | predicted | verdict | measured |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {c['id']} | {c['statement']} | {c['prediction']} | **{c['verdict']}** | {c['why']} |"
+        for c in study["claims"]
+    ]
+    return "\n".join(lines) + (
+        f"\n\n{study['steps']:,} agent steps ({study['frames']:,} frames), `{study['command']}`, "
+        f"{study['wall_s'] / 3600:.1f} hours on {study['machine']['cores']} cores "
+        f"({study['machine']['processor']}). Brackets are 95 % intervals over seeds."
+    )
+
+
+def breakout_conditions() -> str:
+    study = _breakout()
+    if study is None:
+        return "Not measured yet."
+    lines = [
+        "| condition | final score, mean [lowest, highest seed] | first half "
+        "| after as many frames | first KL | clipped at first | update, CPU s | seeds | audit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for c in study["conditions"]:
+        final = c["returns"]
+        codes = [code for code, status in c["clinic"]["outcomes"].items() if status == "fail"]
+        lines.append(
+            f"| {c['label']} | {statistics.fmean(final):.1f} [{min(final):.1f}, {max(final):.1f}] "
+            f"| {statistics.fmean(c['early']):.1f} | {statistics.fmean(c['at_frames']):.1f} "
+            f"| {c['first_kl']:.2g} | {c['first_clip_fraction']:.1%} "
+            f"| {statistics.fmean(c['update_cpu_s']):.1f} | {len(final)} "
+            f"| {', '.join(codes) or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def breakout_cures() -> str:
+    study = _breakout()
+    if study is None:
+        return "Not measured yet."
+    lines = [
+        "| cure | score | minus BN as the library runs it | minus no norm |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{c['name']}` | {c['score']:.1f} | {_interval(c.get('minus_bn'))} "
+        f"| {_interval(c.get('minus_none'))} |"
+        for c in study["cures"]
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
     "planted-defects.md": {"planted": planted, "healthy": healthy},
     "constant-reward.md": {"verdicts": verdicts, "conditions": conditions, "sb3": sb3},
+    "naturecnn-breakout.md": {"verdicts": breakout_verdicts, "conditions": breakout_conditions},
+    "on-policy.md": {"cures": breakout_cures},
     "benchmarks.md": {
         "constant_reward": lambda: "\n\n".join(
             _benchmark(f"constant_reward_{width}") for width in (64, 256)

@@ -45,9 +45,10 @@ def library_worker(library: str, algo: str, steps: int) -> dict[str, float]:
 
 def lab_worker(norm: str, algo: str, steps: int) -> dict[str, float]:
     from batchproof.lab.agents import AGENTS
-    from batchproof.lab.loop import Stepper, Training
     from batchproof.lab.nets import MLP
     from batchproof.lab.norms import Norm
+    from batchproof.lab.off_policy import Stepper
+    from batchproof.lab.training import Training
 
     mlp = MLP((WIDTH, WIDTH), Norm(norm))
     run = Stepper(

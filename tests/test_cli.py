@@ -29,7 +29,7 @@ MISTAKES = {
     "unknown command": (["trane"], "trane"),
     "no env": (["train", "td3", "--out", "never"], "--env"),
     "no out": (["train", "td3", "--env", ENV], "--out"),
-    "unknown algorithm": (["train", "ppo", *TRAIN[2:]], "use one of td3, sac"),
+    "unknown algorithm": (["train", "ppo", *TRAIN[2:]], "use one of td3, sac, ddpg"),
     "unknown option": ([*TRAIN, "--nrom", "batch"], "--nrom"),
     "cut-off option": ([*TRAIN, "--learning", "1e-3"], "--learning"),
     "unknown norm": ([*TRAIN, "--norm", "bach"], "unknown norm 'bach': use one of none, batch"),
@@ -86,6 +86,15 @@ MISTAKES = {
     ),
     "target statistics without any": ([*TRAIN, "--target-stats", "stale"], "--target-stats has no"),
     "unknown target statistics": ([*TRAIN, "--target-stats", "old"], "copy, polyak, stale"),
+    "unknown preset": (["train", "ddpg", *TRAIN[2:], "--preset", "papr"], "ddpg has paper"),
+    "preset where there is none": ([*TRAIN, "--preset", "paper"], "td3 has none"),
+    "unknown estimator": (
+        [*TRAIN, "--norm", "batch", "--estimator", "mean"],
+        "unknown estimator 'mean': use one of ema",
+    ),
+    "estimator without a norm": ([*TRAIN, "--estimator", "huber"], "--estimator has no effect"),
+    "setting without value": ([*TRAIN, "--set", "tau"], "KEY=VALUE"),
+    "update every 0": ([*TRAIN, "--update-every", "0"], "--update-every"),
     "study of no seeds": (["study", "x", "--seeds", "0"], "--seeds"),
     "unknown ending": (["study", "x", "--ending", "never"], "'never'"),
 }
@@ -152,6 +161,12 @@ def test_the_names_repeated_for_speed_are_the_library_s() -> None:
 
     running = [k for k in norms.KINDS if norms.init(norms.Norm(k, groups=1), 2)[1]]
     assert tuple(AGENTS) == cli.ALGORITHMS
+    assert {name: tuple(agent.PRESETS) for name, agent in AGENTS.items()} == cli.AGENT_PRESETS
+    for name, agent in AGENTS.items():
+        kinds = {agent.Config().actor.norm.kind}
+        kinds |= {agent.Config().critic.norm.kind} if hasattr(agent.Config(), "critic") else set()
+        assert kinds == {cli.NORMALIZED.get(name, "none")}
+    assert tuple(norms.ESTIMATORS) == cli.ESTIMATORS
     assert tuple(norms.KINDS) == cli.NORMS
     assert tuple(running) == cli.RUNNING_NORMS
     assert norms.PLACEMENTS == cli.PLACEMENTS
@@ -167,6 +182,10 @@ def test_the_names_repeated_for_speed_are_the_library_s() -> None:
         (["--env-option", "ending=never"], "unknown ending 'never'"),
         (["--env-option", "ending=never", "--host-env"], "unknown ending 'never'"),
         (["--env-option", "beginning=now"], "beginning"),
+        (["--set", "taau=1"], "--set taau: td3 has no such setting: did you mean tau?"),
+        (["--set", "policy_delay=2.5"], "--set policy_delay=2.5: expected a value such as 2"),
+        (["--set", "target_network=1"], "--set target_network=1: expected a value such as true"),
+        (["--set", "tau=5"], "tau must be in (0, 1]"),
         (["--hidden", "16", "--norm", "batch", "--placement", "before-action"], "two hidden"),
         (["--norm", "group", "--groups", "3"], "3 equal groups"),
         (["--learning-starts", "200"], "learning_starts"),
@@ -257,11 +276,12 @@ def test_words_become_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from batchproof.lab.agents import sac
     from batchproof.lab.nets import MLP
     from batchproof.lab.norms import Norm
+    from batchproof.lab.training import Training
     from batchproof.modes import Plan
 
     called = {}
 
-    def train(training: loop.Training, out: Path, **options: object) -> loop.Result:
+    def train(training: Training, out: Path, **options: object) -> loop.Result:
         called.update(options, training=training, out=out)
         return loop.Result({}, [], 0.0)
 
@@ -277,7 +297,7 @@ def test_words_become_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert main([*words, str(tmp_path)]) == 0
     layer = {"momentum": 0.01, "eps": 1e-3}
     assert called == {
-        "training": loop.Training(
+        "training": Training(
             algo="sac",
             config=sac.Config(
                 actor=MLP((8, 8), Norm("batch", "input+post", **layer)),
@@ -308,15 +328,51 @@ def test_words_become_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
 
 
+def test_a_preset_and_settings_become_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from batchproof.lab import loop
+    from batchproof.lab.agents import ddpg
+    from batchproof.lab.training import Training
+
+    seen = []
+
+    def train(training: Training, out: Path, **options: object) -> loop.Result:
+        seen.append(training)
+        return loop.Result({}, [], 0.0)
+
+    monkeypatch.setattr(loop, "train", train)
+    words = ["train", "ddpg", "--env", ENV, "--preset", "paper", "--set", "ou_theta=0.3"]
+    words += ["--critic-norm", "none", "--tau", "0.5", "--update-every", "3", "--out"]
+    assert main([*words, str(tmp_path)]) == 0
+    paper = ddpg.PRESETS["paper"]
+    critic = replace(paper.critic, norm=replace(paper.critic.norm, kind="none"))
+    assert seen[0].config == replace(paper, ou_theta=0.3, tau=0.5, critic=critic)
+    assert seen[0].update_every == 3
+
+
+def test_an_option_that_the_agent_has_not_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "reinforce", "--env", ENV, "--out", str(tmp_path / "run")]
+    assert "--tau has no effect in reinforce" in complaint(capsys, *words, "--tau", "0.1")
+    line = complaint(capsys, *words, "--critic-hidden", "8")
+    assert "--critic-hidden has no effect: reinforce has no critic" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_options_the_library_s_defaults_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from batchproof.lab import loop
     from batchproof.lab.agents import td3
+    from batchproof.lab.training import Training
 
     seen = []
 
-    def train(training: loop.Training, out: Path, **options: object) -> loop.Result:
+    def train(training: Training, out: Path, **options: object) -> loop.Result:
         seen.append(training)
         return loop.Result({}, [], 0.0)
 
@@ -393,7 +449,7 @@ def fake_study(monkeypatch: pytest.MonkeyPatch) -> dict:
         return {"claims": claims}
 
     monkeypatch.setitem(sys.modules, "fake_study", SimpleNamespace(run=run))
-    entry = SimpleNamespace(summary="what it asks", module="fake_study")
+    entry = SimpleNamespace(summary="what it asks", module="fake_study", options=("ending",))
     monkeypatch.setattr(batchproof.study, "STUDIES", {"fake": entry}, raising=False)
     return called
 

@@ -85,7 +85,7 @@ def fill_docs():
     return module
 
 
-@pytest.mark.parametrize("page", ["constant-reward.md", "benchmarks.md"])
+@pytest.mark.parametrize("page", fill_docs().TABLES)
 def test_tables_of_results_are_those_of_the_results_folder(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     assert fill_docs().filled(page, text) == text, "run: python benchmarks/fill_docs.py"

@@ -11,6 +11,7 @@ error), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import difflib
 import gc
 import json
 import math
@@ -19,8 +20,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,17 +34,33 @@ from batchproof.modes import PRESETS, Mode, Plan, Slot
 if TYPE_CHECKING:
     from batchproof.clinic.subject import Subject
     from batchproof.clinic.trace import Trace
-    from batchproof.lab.loop import Result, Training
+    from batchproof.lab.loop import Result
+    from batchproof.lab.training import Training
 
-ALGORITHMS = ("td3", "sac")
+ALGORITHMS = ("td3", "sac", "ddpg", "crossq", "xqc", "maddpg", "reinforce")
+NORMALIZED = {"crossq": "renorm", "xqc": "batch"}  # the norm of those that have one by default
+AGENT_PRESETS = {
+    "td3": (),
+    "sac": (),
+    "ddpg": ("paper",),
+    "crossq": ("crossq", "sb3-contrib", "wn"),
+    "xqc": (),
+    "maddpg": ("openai",),
+    "reinforce": (),
+}
 NORMS = ("none", "batch", "renorm", "layer", "group", "rms")
+ESTIMATORS = ("ema", "debiased", "cumulative", "chan", "winsorized", "huber", "median-of-means")
 RUNNING_NORMS = ("batch", "renorm")  # those that keep running statistics, so modes matter
 PLACEMENTS = ("input", "pre", "post", "before-action")
 TARGET_STATS = ("copy", "polyak", "stale")
 ENDINGS = ("terminated", "truncated", "both")
+STUDY_OPTIONS = ("ending",)  # those that only some studies have
 LETTERS = "TESJMB"
 MAX_SEEDS = 10_000
 FORMATS = ("text", "json", "sarif", "junit", "html")
+EXPORTS = {"torch": ".safetensors", "onnx": ".onnx", "sb3": ".zip"}
+PROVEN = 1000  # observations that an export is proven on
+AUDITED = 512  # steps that a run of the lab is audited on
 EXTRAS = {"stable_baselines3": "sb3", "sb3_contrib": "sb3"}  # what brings a package; else lab
 REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")  # package.module:factory
 
@@ -132,7 +150,7 @@ def _drop_output_if_full() -> None:
 
 def _train(args: argparse.Namespace, command: str) -> int:
     _check_effects(args)
-    training = _training(args, _env_options(args.env_option))
+    training = _training(args, _pairs("--env-option", args.env_option))
     finished = _is_finished(args.out)
 
     from batchproof.lab.loop import train
@@ -152,13 +170,16 @@ def _train(args: argparse.Namespace, command: str) -> int:
 
 
 def _kinds(args: argparse.Namespace) -> dict[str, str]:
-    """The norm of each network."""
-    both = args.norm or "none"
+    """The norm of each network, as far as it is known without the agent's module."""
+    both = args.norm or NORMALIZED.get(args.algo, "batch" if args.preset else "none")
     return {"actor": args.actor_norm or both, "critic": args.critic_norm or both}
 
 
 def _check_effects(args: argparse.Namespace) -> None:
     """Raise a `BatchproofError` for an option that could change nothing."""
+    if args.preset is not None and args.preset not in AGENT_PRESETS[args.algo]:
+        known = _either(AGENT_PRESETS[args.algo]) or "none"
+        raise BatchproofError(f"unknown preset {args.preset!r}: {args.algo} has {known}")
     kinds = _kinds(args)
     used = {kind for kind in kinds.values() if kind != "none"}
     running = used.intersection(RUNNING_NORMS)
@@ -169,8 +190,9 @@ def _check_effects(args: argparse.Namespace) -> None:
     keeps = f"without a norm that keeps running statistics ({' or '.join(RUNNING_NORMS)})"
     if args.eps is not None and not used:
         refuse("--eps", "without a norm: add --norm, or leave it out")
-    if args.momentum is not None and not running:
-        refuse("--momentum", f"{keeps if used else 'without a norm'}: leave it out")
+    for option in ("momentum", "estimator"):
+        if getattr(args, option) is not None and not running:
+            refuse(f"--{option}", f"{keeps if used else 'without a norm'}: leave it out")
     if args.groups is not None and "group" not in used:
         refuse("--groups", "without --norm group: leave it out")
     # A mode says which statistics are used; skipping is the one that any layer can do.
@@ -199,37 +221,74 @@ def _check_effects(args: argparse.Namespace) -> None:
 
 def _training(args: argparse.Namespace, env_options: dict[str, Any]) -> Training:
     from batchproof.lab.agents import AGENTS
-    from batchproof.lab.loop import Training
-    from batchproof.lab.nets import MLP
-    from batchproof.lab.norms import Norm
+    from batchproof.lab.training import Training
 
-    kinds = _kinds(args)
-
-    def mlp(network: str) -> MLP:
-        placement = getattr(args, f"{network}_placement") or args.placement
-        layer = _given(args, "momentum", "eps", "groups") if kinds[network] != "none" else {}
-        if placement is not None:
-            layer["placement"] = placement
-        norm = Norm(kinds[network], **layer)
-        return MLP(getattr(args, f"{network}_hidden") or args.hidden, norm)
-
-    agent = _given(args, "learning_rate", "gamma", "tau", "batch_size", "target_stats")
+    agent = AGENTS[args.algo]
+    config = agent.PRESETS[args.preset] if args.preset else agent.Config()
+    known = {field.name for field in fields(config)}
+    changes = _given(args, "learning_rate", "gamma", "tau", "batch_size", "target_stats")
     if args.modes is not None:
-        agent["plan"] = args.modes
+        changes["plan"] = args.modes
     if args.no_target_network:
-        agent["target_network"] = False
+        changes["target_network"] = False
+    changes |= {network: _mlp(args, network, config) for network in ("actor", "critic")}
+    for name, value in _pairs("--set", args.set).items():
+        changes[name] = _setting(args.algo, config, name, value)
+    for name in [name for name in changes if name not in known]:
+        if changes[name] is not None:
+            option = "no-target-network" if name == "target_network" else name.replace("_", "-")
+            raise BatchproofError(f"--{option} has no effect in {args.algo}: leave it out")
+        del changes[name]
+    names = ("learning_starts", "buffer_size", "gradient_steps", "update_every")
+    steps = _given(args, *names, "eval_every", "eval_episodes")
     return Training(
         algo=args.algo,
-        config=AGENTS[args.algo].Config(actor=mlp("actor"), critic=mlp("critic"), **agent),
+        config=replace(config, **changes),
         env_id=args.env,
         env_options=env_options,
         seeds=args.seeds,
         steps=args.steps,
         host_env=args.host_env,
-        **_given(
-            args, "learning_starts", "buffer_size", "gradient_steps", "eval_every", "eval_episodes"
-        ),
+        normalize_obs=args.normalize_obs,
+        **(agent.TRAINING | steps),
     )
+
+
+def _setting(algo: str, config: Any, name: str, value: Any) -> Any:
+    """The value of ``--set NAME=VALUE`` where the agent's configuration can hold it."""
+    types = {field.name: str(field.type) for field in fields(config)}
+    known = sorted(types.keys() - {"actor", "critic", "plan"})
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {_either(known)}"
+        raise BatchproofError(f"--set {name}: {algo} has no such setting: {hint}")
+    kinds = types[name].split(" | ")
+    given = "None" if value is None else type(value).__name__
+    if given not in kinds and not (given == "int" and "float" in kinds):
+        held = json.dumps(getattr(config, name))
+        raise BatchproofError(f"--set {name}={value}: expected a value such as {held}")
+    return value
+
+
+def _mlp(args: argparse.Namespace, network: str, config: Any) -> Any:
+    """A network of the agent's configuration with what was asked for; None where it has none."""
+    held = getattr(config, network, None)
+    own = {name: getattr(args, f"{network}_{name}") for name in ("hidden", "norm", "placement")}
+    own = {name: value for name, value in own.items() if value is not None}
+    if held is None:
+        for name in own:
+            raise BatchproofError(f"--{network}-{name} has no effect: {args.algo} has no {network}")
+        return None
+    asked = _given(args, "hidden", "norm", "placement") | own
+    norm = replace(held.norm, kind=asked["norm"]) if "norm" in asked else held.norm
+    if "placement" in asked:
+        norm = replace(norm, placement=asked["placement"])
+    if norm.kind != "none":
+        norm = replace(norm, **_given(args, "momentum", "eps", "groups", "estimator"))
+    changes = {"norm": norm} | ({"hidden": asked["hidden"]} if "hidden" in asked else {})
+    if args.project_weights and held.project == "none":
+        changes["project"] = "hidden"
+    return replace(held, **changes)
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -237,11 +296,11 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
-def _env_options(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _pairs(option: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise BatchproofError(f"--env-option {name} is given twice: keep one")
+            raise BatchproofError(f"{option} {name} is given twice: keep one")
     return dict(pairs)
 
 
@@ -292,6 +351,85 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+# --- compare ---------------------------------------------------------------------------------
+
+# Options of `train` that a comparison has in a form of its own, and those of its environments.
+COMPARED = (
+    "norm", "actor-norm", "critic-norm", "placement", "actor-placement", "critic-placement",
+    "modes", "preset",
+)  # fmt: skip
+COMPARE_OWN = ("env", "out", "seeds", "no-progress", "tensorboard")
+OF_TASK = ("steps", "eval-every", "eval-episodes", "env-option", "host-env")
+
+
+def _compare(args: argparse.Namespace, command: str) -> int:
+    from batchproof import compare
+
+    extra: list[tuple[str, str, tuple[tuple[str, ...], ...]]] = []
+    if args.file is not None:
+        options = _option_names(_alone(_add_compare, "compare"))
+        trained = _option_names(_alone(_add_train, "train"), (*COMPARE_OWN, *OF_TASK))
+        words, extra = compare.read_file(args.file, options, trained)
+        # What stands on the command line comes later, and so wins.
+        args = _parser().parse_args(["compare", *words, *shlex.split(command)[2:]])
+    for option in ("env", "out") if extra else ("algo", "env", "out"):
+        if getattr(args, option) is None and not (args.list and option == "out"):
+            raise BatchproofError(f"what to compare is not complete: add --{option}")
+    train = _alone(_add_train, "train")
+
+    def build(words: Sequence[str]) -> Training:
+        one = train.parse_args([*words, "--out", "."])
+        _check_effects(one)
+        return _training(one, _pairs("--env-option", one.env_option))
+
+    spec = compare.Spec(
+        algos=args.algo or (),
+        envs=args.env,
+        norms=args.norm,
+        placements=args.placement or (),
+        modes=args.modes,
+        shared=tuple(_shared(args, train)),
+        extra=tuple(extra),
+        seeds=args.seeds,
+        at_once=args.seeds_at_once,
+        baseline=args.baseline,
+        budget_s=args.budget,
+    )
+    if args.list:
+        print(compare.listing(spec, build))
+        return 0
+    record = compare.run(spec, args.out, build, progress=not args.no_progress, command=command)
+    print(compare.text(record))
+    print(f"\n{args.out / 'compare.json'}: conditions, returns of each seed, statistics")
+    print(f"{args.out / 'cells'}: the runs, as of `batchproof train`")
+    return 130 if record["status"] == "interrupted" else 0
+
+
+def _alone(add: Callable[[Any], None], name: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    commands = _Parser(prog="batchproof").add_subparsers()
+    add(commands)
+    return commands.choices[name]
+
+
+def _option_names(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> dict[str, bool]:
+    """Options of a parser; True for those without a value."""
+    found = {action.option_strings[-1][2:]: action.nargs == 0
+             for action in parser._actions if action.option_strings}  # fmt: skip
+    return {name: flag for name, flag in found.items() if name not in ("help", *without)}
+
+
+def _shared(args: argparse.Namespace, train: argparse.ArgumentParser) -> Iterator[tuple[str, ...]]:
+    """The options of `train` that were written for all conditions."""
+    for name, flag in _option_names(train, (*COMPARED, *COMPARE_OWN)).items():
+        value = getattr(args, name.replace("-", "_"))
+        if flag and value:
+            yield (f"--{name}",)
+        elif not flag and value is not None:
+            for text in value if isinstance(value, list) else [value]:
+                yield f"--{name}", text
+
+
 # --- study -----------------------------------------------------------------------------------
 
 
@@ -307,15 +445,20 @@ def _study(args: argparse.Namespace, command: str) -> int:
         raise BatchproofError(f"unknown study {args.name!r}: use one of {', '.join(STUDIES)}")
     if args.out is None:
         raise BatchproofError("a study needs a folder for its results: add --out DIR")
-    outcome = import_module(STUDIES[args.name].module).run(
+    study = STUDIES[args.name]
+    own = _given(args, *STUDY_OPTIONS)
+    for option in own:
+        if option not in study.options:
+            raise BatchproofError(f"--{option} has no effect in {args.name}: leave it out")
+    outcome = import_module(study.module).run(
         args.out,
         seeds=args.seeds,
         steps=args.steps,
         quick=args.quick,
         conditions=args.conditions,
-        ending=args.ending,
         progress=not args.no_progress,
         command=command,
+        **own,
     )
     claims = outcome["claims"]
     width = max((len(claim["id"]) for claim in claims), default=0)
@@ -375,9 +518,17 @@ def _audit(args: argparse.Namespace, command: str) -> int:
 def _trace(args: argparse.Namespace, command: str) -> int:
     _check_model(args)
     from batchproof import records
-    from batchproof.clinic.trace import trace
 
-    found = trace(_subject(args))
+    found: Any
+    if _is_run(args.model):
+        from batchproof.lab.load import load_run
+        from batchproof.lab.trace import trace as trace_run
+
+        found = trace_run(load_run(Path(args.model)), args.seed)
+    else:
+        from batchproof.clinic.trace import trace
+
+        found = trace(_subject(args))
     if args.format == "json":
         shown = json.dumps(records.to_json(found.to_json()), indent=1, allow_nan=False) + "\n"
     else:
@@ -493,9 +644,34 @@ def _is_reference(model: str) -> bool:
     return REFERENCE.fullmatch(model) is not None and not Path(model).exists()
 
 
+def _is_run(model: str) -> bool:
+    """Whether MODEL is the folder of a run of the lab."""
+    return Path(model).is_dir()
+
+
 def _check_model(args: argparse.Namespace) -> None:
     """Raise a `BatchproofError` for files that are not there, before anything heavy is imported."""
-    if _is_reference(args.model):
+    if _is_run(args.model):
+        if args.run is _fix:
+            raise BatchproofError(
+                f"{args.model} is a folder: fix mends a Stable-Baselines3 .zip, such as "
+                "`batchproof export RUN --format sb3` writes"
+            )
+        if args.run is _trace:
+            for option in ("obs", "env", "agent"):
+                if getattr(args, option) is not None:
+                    raise BatchproofError(
+                        f"--{option} has no effect on a run of the lab, whose update is traced on "
+                        "a batch of its own: leave it out"
+                    )
+    elif args.run is not _fix and (args.seed is not None or args.agent is not None):
+        option = "seed" if args.seed is not None else "agent"
+        raise BatchproofError(
+            f"--{option} is for the folder of a `batchproof train` run: leave it out"
+        )
+    if _is_run(args.model):
+        pass
+    elif _is_reference(args.model):
         if not args.trust:
             raise BatchproofError(
                 f"{args.model} names Python code, which would run: add --trust if you trust it"
@@ -506,8 +682,8 @@ def _check_model(args: argparse.Namespace) -> None:
             )
     elif not Path(args.model).is_file():
         raise BatchproofError(
-            f"{args.model}: no such file; MODEL is a Stable-Baselines3 .zip, or "
-            "package.module:factory with --trust"
+            f"{args.model}: no such file; MODEL is a Stable-Baselines3 .zip, the folder of a "
+            "`batchproof train` run, or package.module:factory with --trust"
         )
     if args.obs is not None and not args.obs.is_file():
         raise BatchproofError(f"--obs {args.obs}: no such file")
@@ -517,7 +693,9 @@ def _check_model(args: argparse.Namespace) -> None:
 
 def _subject(args: argparse.Namespace) -> Subject:
     """What MODEL names, with its observations; it has been tried on two of them."""
-    if _is_reference(args.model):
+    if _is_run(args.model):
+        subject = _from_run(args)
+    elif _is_reference(args.model):
         subject = _from_reference(args.model, args.obs)
     else:
         from batchproof.sb3.loading import load_subject
@@ -563,6 +741,36 @@ def _from_reference(reference: str, obs: Path | None) -> Subject:
     if isinstance(found, Subject):
         return replace(found, obs=given)
     return Subject.from_module(found, given, name=reference)
+
+
+def _from_run(args: argparse.Namespace) -> Subject:
+    """The agent of a lab run, with observations and transitions from its environment."""
+    from batchproof.export import read_run, to_subject
+
+    folder = Path(args.model)
+    run = read_run(folder)
+    seed = run.training["seeds"][0] if args.seed is None else args.seed
+    run.agent_index(args.agent)
+    obs = None if args.obs is None else _observations(args.obs, run.spaces["obs_size"])
+    transitions = bounds = None
+    if obs is None or args.env is not None:
+        from batchproof.lab import load
+
+        lab = load.load_run(folder)
+        lab.of_seed(seed)  # a wrong seed is told before the environment is stepped
+        collected = load.collect(lab, seed, AUDITED, args.env)
+        transitions, bounds = collected._asdict(), load.bounds(lab, seed)
+        obs = collected.obs if obs is None else obs
+    return to_subject(run, seed, obs, agent=args.agent, transitions=transitions, bounds=bounds)
+
+
+def _observations(path: Path, size: int) -> Any:
+    """A file's observations as a NumPy array (N, size)."""
+    from batchproof.clinic.observations import check_against, read_observations
+
+    found = read_observations(path)
+    check_against(found, (size,), str(path))
+    return found.float().numpy()  # type: ignore[union-attr]
 
 
 def _try(subject: Subject) -> None:
@@ -625,6 +833,87 @@ def _filled(told: str) -> str:
     return "\n".join(lines)
 
 
+# --- export ----------------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace, command: str) -> int:
+    out, kind = args.output, args.format
+    ending = EXPORTS[kind]
+    if out.suffix != ending:
+        raise BatchproofError(f"-o {out}: --format {kind} writes a {ending} file: {out}{ending}")
+    if not out.absolute().parent.is_dir():
+        raise BatchproofError(f"{out}: its folder does not exist: make it first")
+    if kind == "sb3":
+        for option in ("fold", "unscaled"):
+            if getattr(args, option):
+                raise BatchproofError(f"--{option} has no effect with --format sb3: leave it out")
+    if args.no_proof and args.obs is not None:
+        raise BatchproofError("--obs has no effect with --no-proof: leave one of the two out")
+    from batchproof import export
+
+    run = export.read_run(args.folder)
+    seed = run.training["seeds"][0] if args.seed is None else args.seed
+    index = run.agent_index(args.agent)
+    run.of(seed, "agent")
+    proof = bounds = None
+    if not args.no_proof:
+        proof = _proof(args, seed, index)
+    if not args.unscaled:
+        bounds = _bounds(args.folder, run, seed, index)
+    if kind == "sb3":
+        from batchproof.sb3.from_lab import write
+
+        done = write(run, seed, out, proof)
+    else:
+        done = export.write(
+            run, seed, kind, out, agent=args.agent, bounds=bounds, fold=args.fold, proof=proof
+        )
+    units = "in [-1, 1]" if args.unscaled else "in the environment's units"
+    of = f" of {args.agent}" if args.agent else ""
+    print(
+        f"{out}: the actor{of} of {args.folder}, seed {seed}, at step {run.step}; actions {units}"
+    )
+    print(done if done is not None else "no proof was made")
+    return 0
+
+
+def _proof(args: argparse.Namespace, seed: int, agent: int | None) -> tuple[Any, Any]:
+    """Real observations and what the lab does on them; of one agent where there are several."""
+    try:
+        from batchproof.lab import load
+    except ModuleNotFoundError as error:
+        raise BatchproofError(
+            f"the proof runs the lab itself and {error.name} is not installed: pip install "
+            "'batchproof[lab]', or add --no-proof"
+        ) from None
+    lab = load.load_run(args.folder)
+    obs: Any
+    actions: Any
+    if args.obs is None:
+        obs = load.collect(lab, seed, PROVEN).obs
+    else:
+        obs = _observations(args.obs, lab.obs_size)
+    actions = load.actions(lab, seed)(obs)
+    if agent is not None and lab.layout is not None:
+        obs, actions = lab.layout.split_obs(obs)[agent], lab.layout.split_actions(actions)[agent]
+    return obs, actions
+
+
+def _bounds(folder: Path, run: Any, seed: int, agent: int | None) -> tuple[Any, Any]:
+    """The lowest and highest actions of an actor's environment."""
+    if agent is None:
+        from batchproof.export import env_bounds
+
+        return env_bounds(run, seed)
+    from batchproof.lab import load
+
+    lab = load.load_run(folder)
+    assert lab.layout is not None
+    sides: Any = load.bounds(lab, seed)
+    low, high = (lab.layout.split_actions(side)[agent] for side in sides)
+    return low, high
+
+
 # --- words -----------------------------------------------------------------------------------
 
 
@@ -644,8 +933,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"batchproof {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_compare(commands)
     _add_study(commands)
     _add_clinic(commands)
+    _add_export(commands)
     modes = commands.add_parser(
         "modes", help="show slots, modes and named plans", allow_abbrev=False
     )
@@ -670,7 +961,8 @@ def _add_train(commands: Any) -> None:
     parser.set_defaults(run=_train)
     add = parser.add_argument
     add("algo", metavar="ALGO", type=_one_of("algorithm", ALGORITHMS), help=_either(ALGORITHMS))
-    add("--env", required=True, metavar="ID", help="a Gymnasium id with continuous actions")
+    help_ = "a Gymnasium id with continuous actions; for maddpg batchproof/Rally-v0 or mpe2/NAME"
+    add("--env", required=True, metavar="ID", help=help_)
     add("--out", required=True, type=_folder, metavar="DIR", help="the run's folder")
 
     add = parser.add_argument_group("normalization").add_argument
@@ -690,6 +982,10 @@ def _add_train(commands: Any) -> None:
     help_ = "added to the variance before the square root [1e-5]"
     add("--eps", type=_real("a finite number, at least 0", 0), metavar="X", help=help_)
     add("--groups", type=_whole(1), metavar="N", help="feature groups of the norm `group` [8]")
+    help_ = f"what keeps the running statistics: {_either(ESTIMATORS)} [ema]"
+    add("--estimator", type=_one_of("estimator", ESTIMATORS), metavar="HOW", help=help_)
+    help_ = "keep the rows of hidden weights at unit length"
+    add("--project-weights", action="store_true", help=help_)
     help_ = f"how target networks get running statistics: {_either(TARGET_STATS)} [copy]"
     stats = _one_of("target statistics", TARGET_STATS)
     add("--target-stats", type=stats, metavar="HOW", help=help_)
@@ -697,20 +993,27 @@ def _add_train(commands: Any) -> None:
     add("--no-target-network", action="store_true", help=help_)
 
     add = parser.add_argument_group("networks and learning").add_argument
-    help_ = "widths of the hidden layers of both networks [256,256]"
-    add("--hidden", type=_widths, default=(256, 256), metavar="N,N", help=help_)
+    presets = ", ".join(name for names in AGENT_PRESETS.values() for name in names)
+    help_ = f"start from a named configuration of ALGO: {presets}"
+    add("--preset", metavar="NAME", help=help_)
+    help_ = "any setting of ALGO's configuration, value as JSON or text; may be repeated"
+    add("--set", type=_pair, action="append", default=[], metavar="KEY=VALUE", help=help_)
+    help_ = "widths of the hidden layers of both networks, or `linear` for none [by ALGO]"
+    add("--hidden", type=_widths, metavar="N,N", help=help_)
     add("--actor-hidden", type=_widths, metavar="N,N", help="of the actor [--hidden]")
     add("--critic-hidden", type=_widths, metavar="N,N", help="of the critics [--hidden]")
     positive = _real("a positive finite number", 0, open_low=True)
-    add("--learning-rate", type=positive, metavar="X", help="Adam's [3e-4]")
-    help_ = "discount per environment step [0.99]"
+    add("--learning-rate", type=positive, metavar="X", help="Adam's [by ALGO]")
+    help_ = "discount per environment step [by ALGO]"
     add("--gamma", type=_real("in [0, 1]", 0, 1), metavar="X", help=help_)
-    help_ = "step of the target networks [0.005]"
+    help_ = "step of the target networks [by ALGO]"
     add("--tau", type=_real("in (0, 1]", 0, 1, open_low=True), metavar="X", help=help_)
-    add("--batch-size", type=_whole(1), metavar="N", help="transitions per update [256]")
-    help_ = "updates per environment step [1]"
+    add("--batch-size", type=_whole(1), metavar="N", help="transitions per update [by ALGO]")
+    help_ = "updates each time that it learns [1]"
     add("--gradient-steps", type=_whole(1), metavar="N", help=help_)
-    help_ = "environment steps with random actions and no learning [100]"
+    help_ = "environment steps between times that it learns [1; maddpg 100]"
+    add("--update-every", type=_whole(1), metavar="N", help=help_)
+    help_ = "environment steps with random actions and no learning [by ALGO]"
     add("--learning-starts", type=_whole(0), metavar="N", help=help_)
     help_ = "replay capacity in transitions [1000000]"
     add("--buffer-size", type=_whole(1), metavar="N", help=help_)
@@ -735,8 +1038,124 @@ def _add_train(commands: Any) -> None:
     )
     help_ = "step in Gymnasium even where the environment also exists in JAX"
     add("--host-env", action="store_true", help=help_)
+    help_ = "scale observations by running statistics, kept with the checkpoint"
+    add("--normalize-obs", action="store_true", help=help_)
     add("--tensorboard", action="store_true", help="also write DIR/tensorboard")
     add("--no-progress", action="store_true", help="no progress bar")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="compare norms, placements and mode plans over algorithms, environments and seeds",
+        description=(
+            "Train every combination of what is listed, each with the same seeds, and say what "
+            "differs. What is finished is kept: the same command continues, and one with more "
+            "conditions or seeds runs only those. Options of `batchproof train` hold for all "
+            "conditions; where one has no effect it is left away."
+        ),
+        epilog=(
+            "example: batchproof compare --algo td3,sac --env Pendulum-v1 --norm none,batch,layer "
+            "--modes default,TEETE --seeds 5 --steps 10000 --hidden 64,64 --out runs/pendulum"
+        ),
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_compare)
+    add = parser.add_argument
+    help_ = "a TOML file with these options as its keys, and [[condition]] for single conditions"
+    add("file", nargs="?", type=_file, metavar="FILE", help=help_)
+    help_ = f"each ALGO or ALGO:PRESET: {_either(ALGORITHMS)}"
+    add("--algo", type=_several(_algo), metavar="A,B", help=help_)
+    add("--env", type=_several(_model), metavar="ID,ID", help="environments, as in train")
+    help_ = (
+        f"each {_either(NORMS)}, critic:KIND or actor:KIND for one network alone, or default, the "
+        "algorithm's own [default]"
+    )
+    add("--norm", type=_several(_norm), default=("default",), metavar="KIND,KIND", help=help_)
+    help_ = "where the norm sits, as in train [the algorithm's own]"
+    add("--placement", type=_several(_placement), metavar="P,P", help=help_)
+    help_ = "mode plans, as in train, or default, the algorithm's own [default]"
+    add("--modes", type=_several(_plan), default=("default",), metavar="PLAN,PLAN", help=help_)
+    help_ = "of every condition: a number N for 0 to N-1, or a list such as 0,3,7 [5]"
+    add("--seeds", type=_seeds, default=tuple(range(5)), metavar="N", help=help_)
+    help_ = "train so many seeds at once: every condition gets its first before any gets more [all]"
+    add("--seeds-at-once", type=_whole(1), metavar="N", help=help_)
+    help_ = "compare all with this condition [that without a norm, for each algorithm]"
+    add("--baseline", metavar="NAME", help=help_)
+    help_ = "stop in time, at an evaluation, with what is known: such as 30m or 2h"
+    add("--budget", type=_duration, metavar="TIME", help=help_)
+    add("--out", type=_folder, metavar="DIR", help="the comparison's folder")
+    add("--list", action="store_true", help="show what would be trained, and train nothing")
+    add("--no-progress", action="store_true", help="no table that follows along")
+
+    group = parser.add_argument_group("for all conditions, see `batchproof train --help`")
+    train = _alone(_add_train, "train")
+    shared = _option_names(train, (*COMPARED, *COMPARE_OWN))
+    for action in train._actions:
+        name = action.option_strings[-1] if action.option_strings else ""
+        if name[2:] not in shared:
+            continue
+        if action.nargs == 0:
+            group.add_argument(name, action="store_true", help=action.help)
+            continue
+        many = "append" if isinstance(action.default, list) else "store"
+        check = _checked(action.type)
+        group.add_argument(name, type=check, action=many, metavar=action.metavar, help=action.help)
+
+
+def _several(parse: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
+    return lambda text: tuple(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
+
+
+def _checked(parse: Any) -> Callable[[str], str]:
+    """Accepts what `parse` accepts, and hands on the text."""
+
+    def check(text: str) -> str:
+        if parse is not None:
+            parse(text)
+        return text
+
+    return check
+
+
+def _algo(text: str) -> str:
+    algo, colon, preset = text.partition(":")
+    _one_of("algorithm", ALGORITHMS)(algo)
+    if colon and preset not in AGENT_PRESETS[algo]:
+        known = _either(AGENT_PRESETS[algo]) or "none"
+        raise argparse.ArgumentTypeError(f"unknown preset {preset!r}: {algo} has {known}")
+    return text
+
+
+def _norm(text: str) -> str:
+    networks = []
+    for part in text.split("+"):
+        network, colon, kind = part.rpartition(":")
+        if colon:
+            networks.append(_one_of("network", ("actor", "critic"))(network))
+        _one_of("norm", NORMS if colon or "+" in text else (*NORMS, "default"))(kind)
+    if len(set(networks)) != text.count("+") + (":" in text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names no network, or one twice: write for example actor:layer+critic:batch"
+        )
+    return text
+
+
+def _plan(text: str) -> str:
+    # A plan that is well spelt and still impossible is left out of the comparison, with its reason.
+    if text != "default" and not re.fullmatch(f"[{LETTERS}{LETTERS.lower()}]{{5,6}}", text):
+        Plan.parse(text)
+    return text
+
+
+def _duration(text: str) -> float:
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    if not hours + minutes + seconds:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time: write for example 90s, 30m or 2h"
+        )
+    return 3600.0 * hours + 60 * minutes + seconds
 
 
 def _add_study(commands: Any) -> None:
@@ -758,7 +1177,8 @@ def _add_study(commands: Any) -> None:
     add("--steps", type=_whole(1), metavar="N", help="environment steps of each seed")
     add("--quick", action="store_true", help="a small version that ends in minutes")
     add("--conditions", metavar="A,B", help="only these conditions, or `all`")
-    add("--ending", type=_one_of("ending", ENDINGS), metavar="HOW", help=_either(ENDINGS))
+    help_ = f"constant-reward: how episodes end, {_either(ENDINGS)} [terminated]"
+    add("--ending", type=_one_of("ending", ENDINGS), metavar="HOW", help=help_)
     add("--no-progress", action="store_true", help="no progress bar")
 
 
@@ -775,6 +1195,7 @@ def _add_clinic(commands: Any) -> None:
     )
     audit.set_defaults(run=_audit)
     _add_model(audit)
+    _add_whose(audit)
     add = audit.add_argument
     codes = "codes or their beginnings, such as BP3,BP401"
     add("--only", type=_codes, metavar="CODES", help=f"run only these rules: {codes}")
@@ -795,6 +1216,7 @@ def _add_clinic(commands: Any) -> None:
     )
     trace.set_defaults(run=_trace)
     _add_model(trace)
+    _add_whose(trace)
     two = FORMATS[:2]
     help_ = f"{_either(two)} [text]"
     trace.add_argument(
@@ -830,8 +1252,9 @@ def _add_clinic(commands: Any) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     help_ = (
-        "a Stable-Baselines3 or sb3-contrib .zip; or package.module:factory, a function of yours "
-        "that gives a torch module or a Subject (runs your code, so it needs --trust)"
+        "a Stable-Baselines3 or sb3-contrib .zip; the folder of a `batchproof train` run; or "
+        "package.module:factory, a function of yours that gives a torch module or a Subject (runs "
+        "your code, so it needs --trust)"
     )
     add("model", type=_model, metavar="MODEL", help=help_)
     help_ = "observations: .npy, .npz or Parquet [the model's replay buffer, where it has one]"
@@ -842,6 +1265,44 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--env", metavar="ID", help=help_)
     help_ = "run code that comes with MODEL: unpickle it, or import package.module"
     add("--trust", action="store_true", help=help_)
+
+
+def _add_whose(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    help_ = "of a run: whose agent, of the seeds that were trained [the first]"
+    add("--seed", type=_whole(0), metavar="N", help=help_)
+    add("--agent", metavar="NAME", help="of a run with several agents: which one")
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a trained actor as PyTorch, ONNX or a Stable-Baselines3 model",
+        description=(
+            "Write the deterministic actor of a run, normalizers included. The file is read back "
+            "and must act as the lab does on real observations, or nothing is written."
+        ),
+        epilog="example: batchproof export runs/td3-bn --seed 0 --format onnx -o actor.onnx",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_export)
+    add = parser.add_argument
+    add("folder", type=_folder, metavar="RUN", help="the folder of a `batchproof train` run")
+    _add_whose(parser)
+    kind = _one_of("format", tuple(EXPORTS))
+    add("--format", required=True, type=kind, metavar="F", help=_either(EXPORTS))
+    ends = ", ".join(f"{ending} ({name})" for name, ending in EXPORTS.items())
+    add("-o", "--output", required=True, type=_file, metavar="FILE", help=ends)
+    help_ = "put batch norms into the linear layers beside them"
+    add("--fold", action="store_true", help=help_)
+    help_ = "give actions in [-1, 1] and not in the environment's units"
+    add("--unscaled", action="store_true", help=help_)
+    help_ = (
+        "observations to prove it on: .npy, .npz or Parquet; of several agents side by side "
+        "[collected in the run's environment]"
+    )
+    add("--obs", type=_file, metavar="FILE", help=help_)
+    add("--no-proof", action="store_true", help="write without a proof, which needs no JAX")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -940,6 +1401,8 @@ def _real(
 
 
 def _widths(text: str) -> tuple[int, ...]:
+    if text == "linear":
+        return ()
     try:
         return tuple(_whole(1)(width) for width in text.split(","))
     except argparse.ArgumentTypeError:

@@ -30,15 +30,16 @@ from safetensors.numpy import load_file
 
 from batchproof.envs.constant_reward import ConstantRewardEnv
 from batchproof.errors import BatchproofError
-from batchproof.lab import checkpoint, loop, replay
+from batchproof.lab import checkpoint, loop, off_policy, replay
 from batchproof.lab.agents import sac, td3
 from batchproof.lab.envs import JAX_ENVS
 from batchproof.lab.envs.constant_reward import ConstantReward
 from batchproof.lab.envs.host import TRAIN, HostEnvs
 from batchproof.lab.envs.jax_env import Step
-from batchproof.lab.loop import Training, train
+from batchproof.lab.loop import train
 from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
+from batchproof.lab.training import Training
 from batchproof.modes import Plan
 
 ID = "batchproof/ConstantReward-v0"
@@ -61,7 +62,11 @@ IN_JAX = Training(
     eval_every=EVERY,
 )
 PENDULUM = replace(
-    IN_JAX, env_id="Pendulum-v1", env_options={"max_episode_steps": LIMIT}, gradient_steps=1
+    IN_JAX,
+    env_id="Pendulum-v1",
+    env_options={"max_episode_steps": LIMIT},
+    gradient_steps=1,
+    host_env=True,
 )
 CHEETAH = replace(PENDULUM, algo="sac", config=SAC, env_id="HalfCheetah-v5", seeds=(3,))
 RUNS = {"jax": IN_JAX, "pendulum": PENDULUM, "cheetah": CHEETAH}
@@ -158,7 +163,7 @@ def run(training: Training, out: Path, **options: Any) -> Finished:
     save = checkpoint.save_checkpoint
 
     def save_and_keep(folder: Path, step: int, tree: Any, extra: dict[str, Any]) -> None:
-        if isinstance(tree, loop.Seed):
+        if isinstance(tree, off_policy.Seed):
             rows[step] = np.array(tree.rows)
         save(folder, step, tree, extra)
 
@@ -620,6 +625,7 @@ def test_the_constant_reward_is_learned(host: bool, tmp_path: Path) -> None:
         ({"eval_episodes": 0}, "eval_episodes"),
         ({"buffer_size": 0}, "buffer_size"),
         ({"gradient_steps": 0}, "gradient_steps"),
+        ({"update_every": 0}, "update_every"),
         ({"env_options": ({},)}, "one for each of the 2 seeds"),
     ],
 )

@@ -1,5 +1,7 @@
 """The lab's networks against torch modules with the same weights, in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,10 @@ from torch import nn
 
 from batchproof.errors import BatchproofError
 from batchproof.lab import nets
+from batchproof.lab.agents import sac, td3
 from batchproof.lab.nets import MLP, Network
 from batchproof.lab.norms import Norm
+from batchproof.lab.passes import Batch
 from batchproof.modes import E, T
 
 O, A, B = 3, 2, 12  # noqa: E741
@@ -296,10 +300,130 @@ def test_initial_weights_and_biases_are_independent():
     assert len({float(x) for x in firsts}) == 6
 
 
-@pytest.mark.parametrize("hidden", [(), (4, 0), (-1,)])
-def test_a_network_needs_hidden_layers(hidden):
-    with pytest.raises(BatchproofError, match="at least one hidden layer of positive width"):
+def test_no_hidden_layer_is_a_linear_network():
+    norm = Norm("batch", "input")
+    network = draw_network(1, nets.init, MLP((), norm), O, A)
+    module = nn.Sequential(norm_in_torch(norm, O), nn.Linear(O, A))
+    compare(MLP((), norm), network, module, ["norm_input", "linear_out"], T, [draw(2, B, O)])
+
+
+def test_without_bias_only_the_output_layer_has_one():
+    """Batch norm after a layer subtracts its bias, so the function is the one with any bias."""
+    norm = Norm("batch", "pre", eps=0)
+    network = draw_network(1, nets.init, MLP(WIDTHS, norm), O, A)
+    bare = draw_network(1, nets.init, MLP(WIDTHS, norm, bias=False), O, A)
+    having = {name for name, layer in bare.params.items() if "bias" in layer}
+    assert having == {"norm_pre_0", "norm_pre_1", "linear_out"}
+    for name in ("linear_0", "linear_1"):
+        del network.params[name]["bias"]
+    assert jax.tree.structure(network) == jax.tree.structure(bare)
+    obs = jnp.asarray(draw(2, B, O))
+    biased = Network(
+        {
+            name: layer | {"bias": jnp.full(layer["weight"].shape[1], 7.0)}
+            if name in ("linear_0", "linear_1")
+            else layer
+            for name, layer in network.params.items()
+        },
+        network.stats,
+    )
+    ours, _ = nets.apply(MLP(WIDTHS, norm, bias=False), network, obs, T)
+    equal(ours, nets.apply(MLP(WIDTHS, norm), biased, obs, T)[0])
+
+
+# Projection
+
+
+def lengths(layer, with_bias):
+    square = (np.asarray(layer["weight"]) ** 2).sum(-2)
+    return np.sqrt(square + with_bias * np.asarray(layer.get("bias", 0)) ** 2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("project", nets.PROJECTIONS)
+def test_projection_makes_each_units_weights_one_long(project, bias):
+    """Of stacked critics: hidden weights with their bias, the output's without, norms untouched."""
+    mlp = MLP(WIDTHS, Norm("batch", "input+pre"), bias=bias, project=project)
+    critics = draw_network(1, nets.init_critics, mlp, O, A, 2)
+    params = nets.project(mlp, critics.params)
+    done = {"none": (), "hidden": ("linear_0", "linear_1")}.get(
+        project, ("linear_0", "linear_1", "linear_out")
+    )
+    for name, layer in critics.params.items():
+        if name not in done:
+            equal(params[name], layer)
+            continue
+        out = name == "linear_out"
+        np.testing.assert_allclose(lengths(params[name], not out), 1, rtol=1e-13)
+        if out:
+            equal(params[name]["bias"], layer["bias"])
+        # The direction stays.
+        ratio = layer["weight"] / params[name]["weight"]
+        equal(ratio, jnp.broadcast_to(lengths(layer, not out)[:, None], ratio.shape))
+
+
+@pytest.mark.parametrize("placement", ["pre", "input+post"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_hidden_projection_leaves_the_function_of_a_batch_norm_network(placement, bias):
+    """Batch norm before or after a ReLU does not see a unit's scale: exactly so with eps = 0."""
+    mlp = MLP(WIDTHS, Norm("batch", placement, eps=0), bias=bias, project="hidden")
+    network = draw_network(1, nets.init, mlp, O, A)
+    obs = jnp.asarray(draw(2, 50, O))
+    projected = Network(nets.project(mlp, network.params), network.stats)
+    assert np.abs(lengths(network.params["linear_1"], bias) - 1).min() > 0.05
+    before, after = (nets.apply(mlp, n, obs, T)[0] for n in (network, projected))
+    np.testing.assert_allclose(after, before, rtol=1e-10)
+    # Without a norm it is another function: the projection then constrains the network.
+    before, after = (
+        nets.apply(MLP(WIDTHS, bias=bias), Network(linear_layers(n.params), {}), obs, T)[0]
+        for n in (network, projected)
+    )
+    assert np.abs(after - before).max() > 0.1
+
+
+def linear_layers(params):
+    return {name: layer for name, layer in params.items() if name.startswith("linear_")}
+
+
+@pytest.mark.parametrize("project", ["hidden", "all"])
+def test_networks_start_projected(project):
+    mlp = MLP((4, 3), project=project)
+    params = nets.init(jax.random.key(0), mlp, O, A).params
+    equal(params, nets.project(mlp, params))
+    np.testing.assert_allclose(lengths(params["linear_0"], True), 1, rtol=1e-13)
+
+
+@pytest.mark.parametrize("algo", ["td3", "sac"])
+def test_updates_of_every_agent_end_projected(algo):
+    """After two updates, the second of which also moves TD3's actor."""
+    agent = {"td3": td3, "sac": sac}[algo]
+    mlp = MLP((4,), Norm("batch"), project="hidden")
+    config = agent.Config(actor=mlp, critic=mlp, learning_rate=0.1)
+    state = jax.jit(agent.init, static_argnums=(0, 2, 3))(config, jax.random.key(0), O, A)
+    rng = np.random.default_rng(0)
+    batch = Batch(*(jnp.asarray(rng.normal(size=s)) for s in ((B, O), (B, A), B, (B, O), B)))
+    update = jax.jit(partial(agent.update, config))
+    for step in (1, 2):
+        new, _ = update(state, batch, jax.random.key(step), step)
+        state, old = new, state
+    for network, before in ((state.actor, old.actor), (state.critic, old.critic)):
+        np.testing.assert_allclose(lengths(network.params["linear_0"], True), 1, rtol=1e-12)
+        moved = network.params["linear_0"]["weight"] - before.params["linear_0"]["weight"]
+        assert np.abs(moved).max() > 1e-3
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("hidden", [(4, 0), (-1,)])
+def test_hidden_layers_need_positive_widths(hidden):
+    with pytest.raises(BatchproofError, match="hidden layers need positive widths"):
         MLP(hidden)
+
+
+def test_an_unknown_projection_says_what_to_write():
+    with pytest.raises(BatchproofError, match="'unit': use one of none, hidden, all"):
+        MLP(project="unit")
 
 
 def test_before_action_needs_two_hidden_layers():

@@ -11,7 +11,7 @@ from batchproof.lab.agents import sac, td3
 from batchproof.lab.nets import MLP, Network, q_values
 from batchproof.lab.norms import Norm
 from batchproof.lab.passes import Batch
-from batchproof.modes import E, Mode, Plan, T
+from batchproof.modes import E, Mode, Plan, Slot, T
 
 O, A, B, C = 3, 2, 8, 2  # noqa: E741
 MLP_ = MLP((6, 5), Norm("batch", momentum=0.25))
@@ -232,6 +232,25 @@ def test_the_bootstrapped_value_has_no_gradient(critic, batch, actions, letters)
         (np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(grad(critic.params, "next_q"))
     )
     assert np.abs(grad(critic.params, "q")["linear_out"]["weight"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("letters", ["TEMJJ", "TEETE"])
+def test_distributional_critics_take_the_same_passes(critic, target, batch, actions, letters):
+    """`critic_outputs` has the outputs behind the batch; its only one here is Q."""
+    plan = Plan.parse(letters)
+
+    def both_ways(outputs):
+        q, stats = passes.policy_q(MLP_, critic, batch, actions, plan[Slot.POLICY_Q], outputs)
+        slots_4_and_5 = passes.replay_and_target_q(
+            MLP_, critic, target, batch, actions, plan, outputs
+        )
+        return (q, slots_4_and_5.q, slots_4_and_5.next_q), (stats, slots_4_and_5[2:])
+
+    values, stats = both_ways(nets.critic_outputs)
+    assert [v.shape for v in values] == [(C, B, 1)] * 3
+    expected, expected_stats = both_ways(q_values)
+    equal([v[..., 0] for v in values], list(expected))
+    equal(stats, expected_stats)
 
 
 # Targets

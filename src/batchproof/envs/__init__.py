@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 ENTRY_POINTS = {
     "batchproof/ConstantReward-v0": "batchproof.envs.constant_reward:ConstantRewardEnv",
+    "batchproof/LinearOutliers-v0": "batchproof.envs.linear_outliers:LinearOutliersEnv",
 }
 
 

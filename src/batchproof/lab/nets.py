@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``O`` obs, ``A`` action, ``C`` critics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,12 @@ from batchproof.modes import Mode
 Tree = Any
 
 
+PROJECTIONS = ("none", "hidden", "all")
+WATCHERS: list[Callable[[str, Norm, Array, Mode, Tree], None]] = []
+"""Called as each pass is traced and before each of its norms: the layer's name ('' for the pass),
+the norm, what goes in, the mode and the network's statistics. See `batchproof.lab.trace`."""
+
+
 class Network(NamedTuple):
     """What a network learns and what it remembers: parameters and running statistics."""
 
@@ -32,17 +39,25 @@ class MLP:
     """Hidden layers of a network: ``Linear [norm] ReLU [norm]`` each, after an optional input norm.
 
     Attributes:
-        hidden: width of each hidden layer.
+        hidden: width of each hidden layer; none at all is a linear network.
         norm: what normalizes it, and where.
+        bias: False leaves out the hidden layers' biases, as XQC does: a norm right after the
+            layer would subtract them. The output layer always has one.
+        project: which layers' weights are scaled to length 1 after each optimizer step, see
+            `project`: ``none``, ``hidden`` or ``all``, the output layer too.
     """
 
     hidden: tuple[int, ...] = (256, 256)
     norm: Norm = field(default_factory=Norm)
+    bias: bool = True
+    project: str = "none"
 
     def __post_init__(self) -> None:
-        if not self.hidden or any(width < 1 for width in self.hidden):
+        if any(width < 1 for width in self.hidden):
+            raise BatchproofError(f"hidden layers need positive widths, got {self.hidden}")
+        if self.project not in PROJECTIONS:
             raise BatchproofError(
-                f"a network needs at least one hidden layer of positive width, got {self.hidden}"
+                f"unknown projection {self.project!r}: use one of {', '.join(PROJECTIONS)}"
             )
         if "before-action" in self.norm.placement.split("+") and len(self.hidden) < 2:
             raise BatchproofError(
@@ -75,7 +90,8 @@ def _sits(mlp: MLP, place: str, layer: int) -> bool:
 def init(key: Array, mlp: MLP, in_size: int, out_size: int, action_size: int = 0) -> Network:
     """A network from ``in_size`` (and ``action_size``) to ``out_size``.
 
-    It starts as PyTorch's would: weights (in, out) and biases are uniform in +-1/sqrt(in).
+    It starts as PyTorch's would: weights (in, out) and biases are uniform in +-1/sqrt(in), then
+    projected where `mlp` says so.
     """
     params: dict[str, Any] = {}
     stats: dict[str, Any] = {}
@@ -90,20 +106,49 @@ def init(key: Array, mlp: MLP, in_size: int, out_size: int, action_size: int = 0
     for layer, width in enumerate(mlp.hidden):
         if layer == mlp.action_layer and layer > 0:
             size += action_size
-        params[f"linear_{layer}"] = _init_linear(keys[layer], size, width)
+        params[f"linear_{layer}"] = _init_linear(keys[layer], size, width, mlp.bias)
         for place in ("pre", "post"):
             if _sits(mlp, place, layer):
                 add_norm(f"norm_{place}_{layer}", width)
         size = width
-    params["linear_out"] = _init_linear(keys[-1], size, out_size)
-    return Network(params, stats)
+    params["linear_out"] = _init_linear(keys[-1], size, out_size, True)
+    return Network(project(mlp, params), stats)
 
 
-def _init_linear(key: Array, in_size: int, out_size: int) -> dict[str, Array]:
+def _init_linear(key: Array, in_size: int, out_size: int, bias: bool) -> dict[str, Array]:
     bound = in_size**-0.5
     # One draw for both: each draw takes long to compile.
     values = jax.random.uniform(key, (in_size + 1, out_size), minval=-bound, maxval=bound)
-    return {"weight": values[:-1], "bias": values[-1]}
+    return {"weight": values[:-1], "bias": values[-1]} if bias else {"weight": values[:-1]}
+
+
+def project(mlp: MLP, params: Tree) -> Tree:
+    """Scale each unit's incoming weights to length 1: what follows an optimizer step.
+
+    Per unit and not per matrix, as in the code of arXiv 2502.07523 and 2509.25174: what a batch
+    norm does not see is the length of each unit's own weight vector, so each has an effective
+    learning rate of its own to be held constant. A hidden layer's bias belongs to the vector, so
+    that the unit's output is scaled as a whole: with eps = 0 a norm before or after the ReLU then
+    gives the same function. The output layer keeps its bias out.
+
+    Args:
+        mlp: what to project is its ``project``.
+        params: of one network, or of stacked critics.
+    """
+    if mlp.project == "none":
+        return params
+    projected = dict(params)
+    for name, layer in params.items():
+        if not name.startswith("linear_") or (name == "linear_out" and mlp.project == "hidden"):
+            continue
+        square = jnp.square(layer["weight"]).sum(-2)
+        if "bias" in layer and name != "linear_out":
+            square += jnp.square(layer["bias"])
+        scale = jax.lax.rsqrt(square)
+        projected[name] = layer | {"weight": layer["weight"] * scale[..., None, :]}
+        if "bias" in layer and name != "linear_out":
+            projected[name]["bias"] = layer["bias"] * scale
+    return projected
 
 
 def apply(
@@ -117,12 +162,18 @@ def apply(
     params, stats = network
     new_stats = dict(stats)
 
+    def tell(layer: str, x: Array) -> None:
+        for watch in WATCHERS:
+            watch(layer, mlp.norm, x, mode, stats)
+
     def linear(name: str, x: Array) -> Array:
-        return x @ params[name]["weight"] + params[name]["bias"]
+        y = x @ params[name]["weight"]
+        return y + params[name]["bias"] if "bias" in params[name] else y
 
     def norm(name: str, x: Array) -> Array:
         if name not in params:
             return x
+        tell(name, x)
         x, new_stats[name] = norms.apply(mlp.norm, params[name], stats[name], x, mode)
         return x
 
@@ -131,6 +182,7 @@ def apply(
             return x
         return jnp.concatenate([x, action], axis=-1)
 
+    tell("", x)
     x = norm("norm_input", enter(0, x))
     for layer in range(len(mlp.hidden)):
         x = linear(f"linear_{layer}", enter(layer, x) if layer else x)
@@ -140,19 +192,24 @@ def apply(
     return linear("linear_out", x), new_stats
 
 
-def init_critics(key: Array, mlp: MLP, obs_size: int, action_size: int, critics: int) -> Network:
+def init_critics(
+    key: Array, mlp: MLP, obs_size: int, action_size: int, critics: int, outputs: int = 1
+) -> Network:
     """``critics`` independent Q networks, stacked: every leaf has a leading axis C."""
     keys = jax.random.split(key, critics)
-    return jax.vmap(lambda k: init(k, mlp, obs_size, 1, action_size))(keys)
+    return jax.vmap(lambda k: init(k, mlp, obs_size, outputs, action_size))(keys)
+
+
+def critic_outputs(
+    mlp: MLP, critics: Network, obs: Array, action: Array, mode: Mode
+) -> tuple[Array, Tree]:
+    """Each critic on ``obs`` (B, O) and ``action`` (B, A): outputs (C, B, out), new statistics."""
+    return jax.vmap(lambda network: apply(mlp, network, obs, mode, action))(critics)
 
 
 def q_values(
     mlp: MLP, critics: Network, obs: Array, action: Array, mode: Mode
 ) -> tuple[Array, Tree]:
     """Q of each critic on ``obs`` (B, O) and ``action`` (B, A): values (C, B), new statistics."""
-
-    def one(network: Network) -> tuple[Array, Tree]:
-        q, stats = apply(mlp, network, obs, mode, action)
-        return q[:, 0], stats
-
-    return jax.vmap(one)(critics)
+    q, stats = critic_outputs(mlp, critics, obs, action, mode)
+    return q[..., 0], stats

@@ -1,7 +1,9 @@
 """The critic's three passes, where the modes that need two batches in one forward are made.
 
 Slot 3 is `policy_q`; slots 4 and 5 are `replay_and_target_q`, together because ``J`` makes them
-one forward pass. Every off-policy agent uses these two.
+one forward pass. Every off-policy agent uses these two. Both run the critics through ``outputs``,
+`nets.q_values` unless told otherwise: a distributional critic's `nets.critic_outputs` puts one more
+axis behind the batch wherever the shapes here say (C, B).
 
 Shapes: ``B`` batch, ``O`` obs, ``A`` action, ``C`` critics.
 """
@@ -9,6 +11,8 @@ Shapes: ``B`` batch, ``O`` obs, ``A`` action, ``C`` critics.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +21,10 @@ from jax import Array
 
 from batchproof.errors import BatchproofError
 from batchproof.lab.nets import MLP, Network, Tree, q_values
-from batchproof.modes import Mode, Plan, Slot, T
+from batchproof.modes import Mode, Plan, Slot
 
 TARGET_STATS = ("copy", "polyak", "stale")
+Outputs = Callable[[MLP, Network, Array, Array, Mode], tuple[Array, Tree]]
 
 
 class Batch(NamedTuple):
@@ -35,12 +40,18 @@ class Batch(NamedTuple):
 def _layer_mode(mode: Mode) -> Mode:
     """The mode a single layer sees: ``J`` and ``M`` are ``T`` on a concatenated batch."""
     if mode.kind in "JM":
-        return T if mode.updates else Mode("t")
+        # Replaced, not made: `batchproof.lab.trace` writes the slot on it.
+        return replace(mode, letter="T" if mode.updates else "t")
     return mode
 
 
 def policy_q(
-    mlp: MLP, critic: Network, batch: Batch, policy_action: Array, mode: Mode
+    mlp: MLP,
+    critic: Network,
+    batch: Batch,
+    policy_action: Array,
+    mode: Mode,
+    outputs: Outputs = q_values,
 ) -> tuple[Array, Tree]:
     """Slot 3: the critics on (s, pi(s)). In ``M`` the statistics also cover the replayed (s, a).
 
@@ -48,10 +59,10 @@ def policy_q(
         Q (C, B) and the critic's statistics after the pass.
     """
     if mode.kind != "M":
-        return q_values(mlp, critic, batch.obs, policy_action, mode)
+        return outputs(mlp, critic, batch.obs, policy_action, mode)
     obs = jnp.concatenate([batch.obs, batch.obs])
     action = jnp.concatenate([policy_action, batch.action])
-    q, stats = q_values(mlp, critic, obs, action, _layer_mode(mode))
+    q, stats = outputs(mlp, critic, obs, action, _layer_mode(mode))
     return q[:, : len(batch.obs)], stats
 
 
@@ -71,6 +82,7 @@ def replay_and_target_q(
     batch: Batch,
     next_action: Array,
     plan: Plan,
+    outputs: Outputs = q_values,
 ) -> CriticPasses:
     """Slots 4 and 5: the critics on (s, a), and the target critics on (s', a').
 
@@ -84,21 +96,21 @@ def replay_and_target_q(
         rows = len(batch.obs)
         obs = jnp.concatenate([batch.obs, batch.next_obs])
         action = jnp.concatenate([batch.action, next_action])
-        both, stats = q_values(mlp, critic, obs, action, _layer_mode(replay_mode))
+        both, stats = outputs(mlp, critic, obs, action, _layer_mode(replay_mode))
         if target is None:
             next_q, target_stats = both[:, rows:], stats
         else:
-            target_both, target_stats = q_values(mlp, target, obs, action, _layer_mode(target_mode))
+            target_both, target_stats = outputs(mlp, target, obs, action, _layer_mode(target_mode))
             next_q = target_both[:, rows:]
         return CriticPasses(both[:, :rows], jax.lax.stop_gradient(next_q), stats, target_stats)
 
     # The target's pass comes first, as in Stable-Baselines3: where both move the same running
     # statistics the order shows.
     owner = critic if target is None else target
-    next_q, target_stats = q_values(mlp, owner, batch.next_obs, next_action, target_mode)
+    next_q, target_stats = outputs(mlp, owner, batch.next_obs, next_action, target_mode)
     if target is None:
         critic = Network(critic.params, target_stats)
-    q, stats = q_values(mlp, critic, batch.obs, batch.action, replay_mode)
+    q, stats = outputs(mlp, critic, batch.obs, batch.action, replay_mode)
     if target is None:
         target_stats = stats
     return CriticPasses(q, jax.lax.stop_gradient(next_q), stats, target_stats)

@@ -1,7 +1,7 @@
 """A replay buffer on the device: one array a seed, written and read inside the compiled step.
 
-Shapes: ``N`` capacity, ``B`` batch, ``O`` obs, ``A`` action. A row packs obs, action, reward,
-next_obs and terminated side by side, so that a batch is one gather.
+Shapes: ``N`` capacity, ``B`` batch, ``O`` obs, ``A`` action, ``R`` rewards: one for each agent. A
+row packs obs, action, rewards, terminated and next_obs side by side, so that a batch is one gather.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from jax import Array
 from batchproof.lab.passes import Batch
 
 
-def init(capacity: int, obs_size: int, action_size: int) -> Array:
-    """An empty buffer (N, 2 O + A + 2)."""
-    return jnp.zeros((capacity, 2 * obs_size + action_size + 2))
+def init(capacity: int, obs_size: int, action_size: int, rewards: int = 1) -> Array:
+    """An empty buffer (N, 2 O + A + R + 1)."""
+    return jnp.zeros((capacity, 2 * obs_size + action_size + rewards + 1))
 
 
 def insert(
@@ -30,24 +30,36 @@ def insert(
     """Write the transition of environment step ``step`` (from 0), over the oldest when full.
 
     Every seed inserts at each step, so the place follows from the step and is shared by all.
-    ``reward`` and ``terminated`` are scalars, ``terminated`` False for a mere truncation.
+    ``reward`` is a scalar, or (R,) with several agents; ``terminated`` is a scalar, False for a
+    mere truncation.
     """
     row = jnp.concatenate(
-        [obs, action, jnp.stack([reward, terminated.astype(rows.dtype)]), next_obs]
+        [obs, action, jnp.atleast_1d(reward), terminated.astype(rows.dtype)[None], next_obs]
     )
     return jax.lax.dynamic_update_index_in_dim(rows, row, step % len(rows), axis=0)
 
 
-def sample(rows: Array, key: Array, filled: Array, batch_size: int, obs_size: int) -> Batch:
-    """``batch_size`` transitions, uniform with replacement among the first ``filled`` rows."""
+def sample(
+    rows: Array,
+    key: Array,
+    filled: Array,
+    batch_size: int,
+    obs_size: int,
+    agents: int | None = None,
+) -> Batch:
+    """``batch_size`` transitions, uniform with replacement among the first ``filled`` rows.
+
+    The reward is (B, agents), or (B,) where ``agents`` is None.
+    """
     index = jax.random.randint(key, (batch_size,), 0, filled)
     # The index is in range by construction: no clamping needed.
     picked = rows.at[index].get(mode="promise_in_bounds")
-    action_end = rows.shape[1] - obs_size - 2
+    reward_end = rows.shape[1] - obs_size - 1
+    action_end = reward_end - (agents or 1)
     return Batch(
         obs=picked[:, :obs_size],
         action=picked[:, obs_size:action_end],
-        reward=picked[:, action_end],
-        next_obs=picked[:, action_end + 2 :],
-        terminated=picked[:, action_end + 1],
+        reward=picked[:, action_end] if agents is None else picked[:, action_end:reward_end],
+        next_obs=picked[:, reward_end + 1 :],
+        terminated=picked[:, reward_end],
     )

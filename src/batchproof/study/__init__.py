@@ -1,7 +1,9 @@
 """Studies: public claims about normalization in RL, each settled by one command.
 
-A study's module, one file each under `batchproof.study.claims`, has a ``run`` function; this table
-is read by the command line and imports nothing heavy.
+A study's module, one file each under `batchproof.study.claims`, has a function
+``run(out, *, seeds, steps, quick, conditions, progress, command)`` with None for what was not
+given, and keywords of its own where its row says so; it returns the content of ``study.json``. This
+table is read by the command line and imports nothing heavy.
 """
 
 from typing import NamedTuple
@@ -12,11 +14,29 @@ class Study(NamedTuple):
 
     summary: str
     module: str
+    options: tuple[str, ...] = ()  # beyond those of every study
 
 
 STUDIES = {
     "constant-reward": Study(
         "a blog post: TD3 and SAC with batch norm cannot learn that the reward is the action",
         "batchproof.study.claims.constant_reward",
+        options=("ending",),
+    ),
+    "batch-vs-single": Study(
+        "two texts: with batch norm the same state acts differently in a batch and alone",
+        "batchproof.study.claims.batch_vs_single",
+    ),
+    "momentum-outliers": Study(
+        "a forum thread: a linear policy with batch norm trains in train mode and fails in eval",
+        "batchproof.study.claims.momentum_outliers",
+    ),
+    "maddpg-batchnorm": Study(
+        "a course notebook: batch norm skipped when acting keeps two agents from their task",
+        "batchproof.study.claims.maddpg_batchnorm",
+    ),
+    "naturecnn-breakout": Study(
+        "a feature request: PPO on Breakout learns faster with batch norm in NatureCNN",
+        "batchproof.study.claims.naturecnn_breakout",
     ),
 }

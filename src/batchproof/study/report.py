@@ -117,11 +117,13 @@ def _page(
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'"
     )
+    returns_are = str(study.get("returns_are") or "Final deterministic return")
+    table = _table(study["conditions"], returns_are)
     sections = [
         ("answer", "The answer in one minute", explanation_html),
         ("verdicts", "Verdicts", _cards(study["claims"])),
         ("figures", "Figures", "".join(_figure(figure) for figure in figures)),
-        ("conditions", "All conditions", _table(study["conditions"])),
+        ("conditions", "All conditions", table),
         ("run", "How it was run", _run(study)),
     ]
     shown = [section for section in sections if section[2].strip()]
@@ -225,34 +227,51 @@ def _figure(figure: FigureSection) -> str:
 </figure>"""
 
 
-def _table(conditions: Sequence[Mapping[str, Any]]) -> str:
+_COLUMNS = (  # heading, kind for sorting, the condition's key; None is always shown
+    ("#", "number", "row"),
+    ("Condition", "text", None),
+    ("Agent", "text", "algo"),
+    ("Norm", "text", "norm"),
+    ("Modes", "text", "modes"),
+    ("Ending", "text", "ending"),
+    ("Mean return", "number", None),
+    ("Lowest to highest seed", "number", None),
+    ("Seeds", "number", None),
+    ("Diverged", "number", None),
+    ("κ", "number", "kappa"),
+    ("Predicted", "text", "prediction"),
+    ("As predicted", "text", "missed"),
+)
+
+
+def _table(conditions: Sequence[Mapping[str, Any]], returns_are: str) -> str:
     if not conditions:
         return ""
-    columns = (
-        ("#", "number"),
-        ("Condition", "text"),
-        ("Agent", "text"),
-        ("Norm", "text"),
-        ("Modes", "text"),
-        ("Ending", "text"),
-        ("Mean return", "number"),
-        ("Lowest to highest seed", "number"),
-        ("Seeds", "number"),
-        ("Diverged", "number"),
-        ("κ", "number"),
-        ("Predicted", "text"),
-        ("As predicted", "text"),
+    # A column that no condition fills says nothing.
+    shown = [
+        key is None or any(condition.get(key) is not None for condition in conditions)
+        for _, _, key in _COLUMNS
+    ]
+    head = "".join(
+        f'<th scope="col" data-kind="{kind}">{name}</th>'
+        for (name, kind, _), show in zip(_COLUMNS, shown, strict=True)
+        if show
     )
-    head = "".join(f'<th scope="col" data-kind="{kind}">{name}</th>' for name, kind in columns)
     finite = [
         value for c in conditions for value in map(_finite, c["returns"]) if value is not None
     ]
     scale = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    rows = "\n".join(_row(condition, scale) for condition in conditions)
+    rows = "\n".join(_row(condition, scale, shown) for condition in conditions)
+    kappa = any(key == "kappa" and show for (*_, key), show in zip(_COLUMNS, shown, strict=True))
+    meaning = (
+        " κ is the share of the actor's gradient that is common to the whole batch."
+        if kappa
+        else ""
+    )
     return f"""<div class="scroll" role="region" aria-label="All conditions" tabindex="0">
 <table>
-<caption>Final deterministic return, one dot per seed, from {_number(scale[0])} to
-{_number(scale[1])}. κ is the share of the actor's gradient that is common to the whole batch.
+<caption>{escape(returns_are)}, one dot per seed, from {_number(scale[0])} to
+{_number(scale[1])}.{meaning}
 <span class="hint" hidden>Choose a heading to sort by it.</span></caption>
 <thead><tr>{head}</tr></thead>
 <tbody>
@@ -262,7 +281,7 @@ def _table(conditions: Sequence[Mapping[str, Any]]) -> str:
 </div>"""
 
 
-def _row(condition: Mapping[str, Any], scale: tuple[float, float]) -> str:
+def _row(condition: Mapping[str, Any], scale: tuple[float, float], shown: Sequence[bool]) -> str:
     values = [value for value in map(_finite, condition["returns"]) if value is not None]
     lost = condition.get("diverged")
     lost = len(condition["returns"]) - len(values) if lost is None else lost
@@ -286,7 +305,7 @@ def _row(condition: Mapping[str, Any], scale: tuple[float, float]) -> str:
         _cell(condition.get("prediction")),
         _cell(as_predicted, css="missed" if missed else ""),
     ]
-    return f"<tr>{''.join(cells)}</tr>"
+    return f"<tr>{''.join(c for c, show in zip(cells, shown, strict=True) if show)}</tr>"
 
 
 def _cell(value: Any, *, numeric: bool = False, code: bool = False, css: str = "") -> str:

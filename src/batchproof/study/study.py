@@ -2,6 +2,7 @@
 
 A cell is one run of the lab (all its seeds at once) in a folder of its own. A study that was
 stopped runs again and finds its finished cells, and the last checkpoint of the unfinished one.
+The lab is imported when cells of it run: studies on torch alone do not need JAX.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from batchproof import records
-from batchproof.lab.loop import Result, Training, train, write_metrics
+
+if TYPE_CHECKING:
+    from batchproof.lab.loop import Result
+    from batchproof.lab.training import Training
+
+LAB = ("jax", "jaxlib", "optax", "numpy", "scipy", "matplotlib")
+"""Packages whose versions a study on the lab writes down."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class Cell:
 
 def run_cells(cells: Sequence[Cell], out: Path, progress: bool, command: str) -> dict[str, Result]:
     """Run the cells in order, each in ``out/cells/NAME``; finished ones are read back."""
+    from batchproof.lab.loop import train
+
     results = {}
     for i, cell in enumerate(cells):
         results[cell.name] = train(
@@ -49,7 +58,16 @@ def write_all_metrics(path: Path, parts: Sequence[dict[str, np.ndarray]]) -> Non
             rows = len(next(iter(part.values())))
             pieces.append(part.get(name, np.full(rows, np.nan)))
         columns[name] = np.concatenate(pieces)
-    write_metrics(path, columns)
+    write_columns(path, columns)
+
+
+def write_columns(path: Path, columns: dict[str, Any]) -> None:
+    """Write columns of equal length as Parquet, in one move."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with records.replacing(path) as file:
+        pq.write_table(pa.table(columns), file, compression="zstd")
 
 
 def study_record(
@@ -61,8 +79,9 @@ def study_record(
     steps: int,
     wall_s: float,
     command: str,
+    packages: Sequence[str] = LAB,
 ) -> dict[str, Any]:
-    """The content of ``study.json``."""
+    """The content of ``study.json``; ``packages`` are those whose versions matter."""
     return {
         "study": name,
         "claims": claims,
@@ -70,7 +89,7 @@ def study_record(
         "seeds": seeds,
         "steps": steps,
         "wall_s": wall_s,
-        "versions": records.versions("jax", "jaxlib", "optax", "numpy", "scipy", "matplotlib"),
+        "versions": records.versions(*packages),
         "machine": records.machine(),
         "command": command,
     }

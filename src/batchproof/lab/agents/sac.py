@@ -44,6 +44,10 @@ LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 TANH_EPS = 1e-6  # keeps log(1 - a^2) finite, as in the authors' code
 
 
+STEPPER = "off_policy"  # how its environments are stepped, see `batchproof.lab.loop`
+MULTI_AGENT = False
+
+
 @dataclass(frozen=True)
 class Config:
     """Hyperparameters; defaults are the paper's.
@@ -80,6 +84,13 @@ class Config:
         check_config(self)
         if not 0 < self.initial_alpha < math.inf:
             raise BatchproofError(f"initial_alpha must be positive, got {self.initial_alpha}")
+
+
+PRESETS: dict[str, Config] = {}
+"""Named configurations beside the default one."""
+
+TRAINING: dict[str, Any] = {}
+"""Fields of `batchproof.lab.training.Training` that differ from its defaults."""
 
 
 class State(NamedTuple):
@@ -238,7 +249,10 @@ def update(
     )
     deltas, critic_optimizer = optimizer.update(grads, state.critic_optimizer)
     state = state._replace(
-        critic=Network(optax.apply_updates(state.critic.params, deltas), passes.stats),
+        critic=Network(
+            nets.project(config.critic, optax.apply_updates(state.critic.params, deltas)),
+            passes.stats,
+        ),
         critic_optimizer=critic_optimizer,
     )
 
@@ -246,7 +260,8 @@ def update(
         state.actor.params, config, state, batch, noise.action
     )
     deltas, actor_optimizer = optimizer.update(grads, state.actor_optimizer)
-    actor = Network(optax.apply_updates(state.actor.params, deltas), actor_stats)
+    actor_params = nets.project(config.actor, optax.apply_updates(state.actor.params, deltas))
+    actor = Network(actor_params, actor_stats)
     critic = Network(state.critic.params, critic_stats)
 
     grad = jax.grad(alpha_loss)(state.log_alpha, log_prob, target_entropy)

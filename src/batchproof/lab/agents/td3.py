@@ -37,6 +37,9 @@ from batchproof.lab.passes import (
 )
 from batchproof.modes import Mode, Plan, Slot
 
+STEPPER = "off_policy"  # how its environments are stepped, see `batchproof.lab.loop`
+MULTI_AGENT = False
+
 
 @dataclass(frozen=True)
 class Config:
@@ -76,6 +79,13 @@ class Config:
 
     def __post_init__(self) -> None:
         check_config(self)
+
+
+PRESETS: dict[str, Config] = {}
+"""Named configurations beside the default one."""
+
+TRAINING: dict[str, Any] = {}
+"""Fields of `batchproof.lab.training.Training` that differ from its defaults."""
 
 
 class State(NamedTuple):
@@ -195,7 +205,10 @@ def update(
     )
     deltas, critic_optimizer = optimizer.update(grads, state.critic_optimizer)
     state = state._replace(
-        critic=Network(optax.apply_updates(state.critic.params, deltas), passes.stats),
+        critic=Network(
+            nets.project(config.critic, optax.apply_updates(state.critic.params, deltas)),
+            passes.stats,
+        ),
         critic_optimizer=critic_optimizer,
     )
     if state.target_critic is not None:
@@ -209,7 +222,8 @@ def update(
             state.actor.params, config, state, batch
         )
         deltas, actor_optimizer = optimizer.update(grads, state.actor_optimizer)
-        actor = Network(optax.apply_updates(state.actor.params, deltas), actor_stats)
+        actor_params = nets.project(config.actor, optax.apply_updates(state.actor.params, deltas))
+        actor = Network(actor_params, actor_stats)
         target_actor, target_critic = delayed.target_actor, delayed.target_critic
         if target_actor is not None and target_critic is not None:
             critic = Network(state.critic.params, critic_stats)

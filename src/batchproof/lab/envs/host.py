@@ -1,15 +1,17 @@
-"""Gymnasium environments stepped on the host, one for each seed, in lockstep.
+"""Gymnasium and PettingZoo environments stepped on the host, one for each seed, in lockstep.
 
 Every episode is started with a seed of its own, drawn from (seed, purpose, episode number). So a
 killed run continues an unfinished episode exactly, in any environment that is deterministic
 given its seed: reset with the same seed, then replay the actions.
 
-Shapes: ``P`` population, ``O`` obs, ``A`` action.
+Shapes: ``P`` population, ``O`` obs, ``A`` action, ``n`` agents.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -17,6 +19,9 @@ import numpy as np
 
 from batchproof.envs import register_envs
 from batchproof.errors import BatchproofError
+from batchproof.lab.envs import parallel
+from batchproof.lab.envs.layout import Layout
+from batchproof.lab.envs.parallel import JointEnv
 
 TRAIN, EVALUATE = 0, 1  # the purpose of an environment, so that their episodes differ
 
@@ -25,20 +30,27 @@ class HostStep(NamedTuple):
     """The result of stepping every environment once."""
 
     next_obs: np.ndarray  # (P, O), the state reached, also when the episode ended there
-    reward: np.ndarray  # (P,)
+    reward: np.ndarray  # (P,), or (P, n) with several agents
     terminated: np.ndarray  # (P,) bool
     ended: np.ndarray  # (P,) bool, terminated or truncated
     obs: np.ndarray  # (P, O), to act on next: after a reset where the episode ended
 
 
 def make(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
-    """Build a Gymnasium environment with Box spaces.
+    """Build a Gymnasium environment with Box spaces, or a PettingZoo one with its agents joined.
+
+    Observations that are a Dict of Boxes, as the DeepMind Control Suite gives them
+    (``dm_control/DOMAIN-TASK-v0``), come as one flat Box, the keys in alphabetical order.
 
     Raises:
         BatchproofError: unknown id or option, a missing package, or a space that is not a
-            bounded Box of actions and a Box of observations.
+            bounded Box of actions and a Box, or Dict of Boxes, of observations.
     """
+    if parallel.is_parallel(env_id):
+        return parallel.make(env_id, options)
     register_envs()
+    if env_id.startswith("dm_control/"):
+        _register_control_suite(env_id)
     try:
         env = gymnasium.make(env_id, **options)
     except gymnasium.error.UnregisteredEnv:
@@ -61,7 +73,9 @@ def make(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
             f"{env_id} has a {type(action_space).__name__} action space, but TD3 and SAC need "
             "continuous actions (Box): choose another environment"
         )
-    if not isinstance(obs_space, gymnasium.spaces.Box):
+    if _is_dict_of_boxes(obs_space):
+        env = gymnasium.wrappers.FlattenObservation(env)
+    elif not isinstance(obs_space, gymnasium.spaces.Box):
         raise BatchproofError(
             f"{env_id} has a {type(obs_space).__name__} observation space, but the lab needs a "
             "Box: flatten it with gymnasium.wrappers.FlattenObservation"
@@ -72,6 +86,27 @@ def make(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
             "wrap it with gymnasium.wrappers.RescaleAction"
         )
     return env
+
+
+def _register_control_suite(env_id: str) -> None:
+    """Make the ids of the DeepMind Control Suite known to Gymnasium: importing shimmy does."""
+    if importlib.util.find_spec("dm_control") is None or importlib.util.find_spec("shimmy") is None:
+        raise BatchproofError(
+            f"{env_id} needs dm-control and shimmy: pip install 'batchproof[dmc]'"
+        )
+    importlib.import_module("shimmy")
+
+
+def _is_dict_of_boxes(space: gymnasium.Space) -> bool:
+    return isinstance(space, gymnasium.spaces.Dict) and all(
+        isinstance(part, gymnasium.spaces.Box) or _is_dict_of_boxes(part)
+        for part in space.spaces.values()
+    )
+
+
+def layout_of(env: gymnasium.Env) -> Layout | None:
+    """The layout of an environment with several agents, None for one agent."""
+    return env.layout if isinstance(env, JointEnv) else None
 
 
 class HostEnvs:
@@ -87,12 +122,13 @@ class HostEnvs:
         """Build them.
 
         Args:
-            env_id: a Gymnasium id.
-            options: keyword arguments of `gymnasium.make`, one dictionary a seed.
+            env_id: a Gymnasium id, or one of `batchproof.lab.envs.parallel`.
+            options: keyword arguments of `make`, one dictionary a seed.
             seeds: one a seed of the population.
             purpose: `TRAIN` or `EVALUATE`.
         """
         self._envs = [make(env_id, option) for option in options]
+        self.layout = layout_of(self._envs[0])
         self._seeds = seeds
         self._purpose = purpose
         space, obs_space = self._envs[0].action_space, self._envs[0].observation_space
@@ -123,7 +159,8 @@ class HostEnvs:
         count = len(self._envs)
         next_obs = np.empty((count, self.obs_size), np.float32)
         obs = np.empty_like(next_obs)
-        reward = np.empty(count, np.float32)
+        agents = (len(self.layout.names),) if self.layout else ()
+        reward = np.empty((count, *agents), np.float32)
         terminated = np.empty(count, bool)
         ended = np.empty(count, bool)
         for i, env in enumerate(self._envs):

@@ -12,7 +12,7 @@ class Step(NamedTuple):
 
     state: Any
     obs: Array  # (O,), of the state just reached: the loop resets, not the environment
-    reward: Array  # ()
+    reward: Array  # (), or (n,) with several agents
     terminated: Array  # () bool
     truncated: Array  # () bool
 
@@ -20,7 +20,8 @@ class Step(NamedTuple):
 class JaxEnv(Protocol):
     """A pytree whose leaves are the environment's parameters, so that seeds may differ in them.
 
-    Actions come in [-1, 1]; an environment with other bounds scales them itself.
+    Actions come in [-1, 1]; an environment with other bounds scales them itself. One with several
+    agents also has a class attribute ``layout`` (`batchproof.lab.envs.layout`).
     """
 
     obs_size: ClassVar[int]

@@ -26,9 +26,10 @@ from batchproof import records
 from batchproof.envs.constant_reward import ENDINGS
 from batchproof.errors import BatchproofError
 from batchproof.lab.agents import AGENTS
-from batchproof.lab.loop import Result, Training
+from batchproof.lab.loop import Result
 from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
+from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
