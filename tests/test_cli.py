@@ -95,6 +95,9 @@ MISTAKES = {
     "estimator without a norm": ([*TRAIN, "--estimator", "huber"], "--estimator has no effect"),
     "setting without value": ([*TRAIN, "--set", "tau"], "KEY=VALUE"),
     "update every 0": ([*TRAIN, "--update-every", "0"], "--update-every"),
+    "report of nothing": (["report"], "RUN"),
+    "report of no folder": (["report", "nowhere"], "nowhere: no such folder"),
+    "report to a NaN": (["report", "x", "--threshold", "nan"], "--threshold"),
     "study of no seeds": (["study", "x", "--seeds", "0"], "--seeds"),
     "unknown ending": (["study", "x", "--ending", "never"], "'never'"),
 }

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import json
 import math
+import re
 import shlex
 import shutil
+import signal
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import jax
 import numpy as np
 import pytest
+from gymnasium import spaces
 from jax.experimental.compilation_cache import compilation_cache
 
 from batchproof import compare
 from batchproof.cli import _parser, main
 from batchproof.errors import BatchproofError
 from batchproof.lab import loop, off_policy, population
+from batchproof.lab.envs import host
 from batchproof.study import statistics
 
 ENV = "batchproof/ConstantReward-v0"
@@ -308,6 +315,20 @@ def test_a_file_says_what_flags_say(
     assert "8,8" not in extra.words
 
 
+def test_the_example_of_the_docs_is_what_its_page_shows(
+    grid: Callable[[str], compare.Grid],
+) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    path = docs / "examples" / "compare.toml"
+    found = grid(shlex.quote(str(path)))
+    page = (docs / "compare.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (td3-[^ |]+) \| 5 \|", page, re.MULTILINE)
+    assert names(found) == rows
+    assert not found.left_out
+    shown = tomllib.loads(page.split("```toml\n")[1].split("```")[0])
+    assert shown == tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -457,7 +478,7 @@ def test_the_clock_stops_before_an_evaluation_that_would_come_too_late(
     assert not compare._Clock(None).is_over()
 
 
-def test_an_interrupt_leaves_a_state_that_resumes(
+def test_interrupts_leave_a_state_that_resumes(
     whole: tuple[Path, dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -465,18 +486,28 @@ def test_an_interrupt_leaves_a_state_that_resumes(
 ) -> None:
     advance = off_policy.Stepper.advance
 
-    def interrupted(stepper: off_policy.Stepper, last: int, *rest: Any) -> None:
-        if last > EVERY:
-            raise KeyboardInterrupt
-        advance(stepper, last, *rest)
+    def interrupted(count: int) -> Callable[..., None]:
+        def pressing(stepper: off_policy.Stepper, last: int, *rest: Any) -> None:
+            for _ in range(count):
+                signal.raise_signal(signal.SIGINT)
+            advance(stepper, last, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(off_policy.Stepper, "advance", interrupted)
-        record = run(f"{SMALL} --seeds 2", tmp_path, code=130)
-    assert record["status"] == "interrupted"
-    assert "Interrupted: 0 of 2 cells are finished; the same command continues." in (
-        capsys.readouterr().out
-    )
+        return pressing
+
+    # One Ctrl-C ends with the evaluation at the end of the interval, two end within it.
+    for count in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(off_policy.Stepper, "advance", interrupted(count))
+            record = run(f"{SMALL} --seeds 2", tmp_path, code=130)
+        assert record["status"] == "interrupted"
+        assert states(record) == {
+            "ddpg-none": f"stopped at {EVERY} of {STEPS}",
+            "ddpg-critic:batch": "waiting",
+        }
+        assert "Interrupted: 0 of 2 cells are finished; the same command continues." in (
+            capsys.readouterr().out
+        )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert returns(run(f"{SMALL} --seeds 2", tmp_path)) == returns(whole[1])
 
 
@@ -539,7 +570,8 @@ def cell(env: str, name: str, finals: list[float]) -> compare.Cell:
     }
     training = SimpleTraining(tuple(range(count)))
     population = compare.Population(training, Path("out/cells/x"), "finished")  # type: ignore[arg-type]
-    population.result = loop.Result(columns, [], 1.0)
+    seeds = [{"seed": i, "final_return": value} for i, value in enumerate(finals)]
+    population.result = loop.Result(columns, seeds, 1.0)
     return compare.Cell(env, condition(name), [population])
 
 
@@ -638,7 +670,7 @@ class Terminal(io.StringIO):
 
 
 def test_the_table_on_a_terminal_is_drawn_over_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "72")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", "8")
     found = [cell("A", f"td3-{i}", [1.0, 3.0]) for i in range(20)]
     for one in found:
@@ -654,7 +686,7 @@ def test_the_table_on_a_terminal_is_drawn_over_itself(monkeypatch: pytest.Monkey
     assert first.startswith("a note\n")
     shown = first.splitlines()[1:]
     assert len(shown) <= 8
-    assert max(map(len, shown)) < 72
+    assert max(map(len, shown)) < 80
     assert any("td3-11" in line and "running at 5 of 20" in line for line in shown)
     assert "19 of 20 finished" in shown[-1]
     show.draw(now=True)
@@ -685,3 +717,56 @@ def test_populations_of_one_cell_have_different_folders() -> None:
     assert folders[:4] == ["seed-0", "seeds-0-1", "seeds-1-2", "seeds-0_2"]
     assert all(a != b for a, b in itertools.combinations(folders, 2))
     assert max(map(len, folders)) < 60
+
+
+# --- environments -------------------------------------------------------------------------------
+
+
+class Parts(gymnasium.Env):
+    """Observations in parts, as the DeepMind Control Suite gives them."""
+
+    observation_space = spaces.Dict(
+        {
+            "velocity": spaces.Box(-np.inf, np.inf, (2,)),
+            "body": spaces.Dict({"height": spaces.Box(-np.inf, np.inf, ())}),
+        }
+    )
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
+        parts = {"velocity": np.float32([2, 3]), "body": {"height": np.float32(1)}}
+        return parts, {}
+
+
+def test_observations_in_parts_come_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gymnasium, "make", lambda env_id, **options: Parts())
+    env = host.make("Parts-v0", {})
+    assert env.observation_space.shape == (3,)
+    assert env.reset()[0].tolist() == [1, 2, 3]
+
+    labelled = spaces.Dict({"label": spaces.Discrete(3)})
+    monkeypatch.setattr(Parts, "observation_space", labelled)
+    with pytest.raises(BatchproofError, match="has a Dict observation space, but the lab needs"):
+        host.make("Parts-v0", {})
+
+
+def test_the_control_suite_names_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BatchproofError, match=r"pip install 'batchproof\[dmc\]'"):
+        host.make("dm_control/pendulum-swingup-v0", {})
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("dm_control", "shimmy"))), reason="needs dm-control"
+)
+def test_an_episode_of_the_control_suite_continues_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    envs = host.HostEnvs("dm_control/cheetah-run-v0", [{}, {}], [0, 7], host.TRAIN)
+    envs.reset()
+    rng = np.random.default_rng(0)
+    for _ in range(1040):  # past an episode's end, at 1000
+        result = envs.step(rng.uniform(-1, 1, (2, envs.action_size)).astype(np.float32))
+    again = host.HostEnvs("dm_control/cheetah-run-v0", [{}, {}], [0, 7], host.TRAIN)
+    np.testing.assert_array_equal(again.restore(envs.state()), result.obs)

@@ -56,6 +56,7 @@ TARGET_STATS = ("copy", "polyak", "stale")
 ENDINGS = ("terminated", "truncated", "both")
 STUDY_OPTIONS = ("ending",)  # those that only some studies have
 LETTERS = "TESJMB"
+RESUMED = ("train", "study", "compare")  # commands that go on where they were stopped
 MAX_SEEDS = 10_000
 FORMATS = ("text", "json", "sarif", "junit", "html")
 EXPORTS = {"torch": ".safetensors", "onnx": ".onnx", "sb3": ".zip"}
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     except BatchproofError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        resumes = ": the same command resumes" if words[:1] in (["train"], ["study"]) else ""
+        resumes = ": the same command resumes" if words[:1] and words[0] in RESUMED else ""
         print(f"batchproof: interrupted{resumes}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -402,6 +403,8 @@ def _compare(args: argparse.Namespace, command: str) -> int:
     print(compare.text(record))
     print(f"\n{args.out / 'compare.json'}: conditions, returns of each seed, statistics")
     print(f"{args.out / 'cells'}: the runs, as of `batchproof train`")
+    page = shlex.join(["--out", str(args.out / "report.html")])
+    print(f"\nCurves and more: batchproof report {shlex.quote(str(args.out))} {page}")
     return 130 if record["status"] == "interrupted" else 0
 
 
@@ -468,6 +471,21 @@ def _study(args: argparse.Namespace, command: str) -> int:
     for path in (args.out / "report.html", *sorted(args.out.glob("*.png"))):
         if path.exists():
             print(path)
+    return 0
+
+
+# --- report ----------------------------------------------------------------------------------
+
+
+def _report(args: argparse.Namespace, command: str) -> int:
+    for run in args.runs:
+        if not run.is_dir():
+            raise BatchproofError(f"{run}: no such folder: name a run's or a study's")
+    from batchproof import report
+
+    for paragraph in report.write(args.runs, args.out, args.threshold):
+        print(f"{paragraph}\n")
+    print(args.out)
     return 0
 
 
@@ -935,6 +953,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_compare(commands)
     _add_study(commands)
+    _add_report(commands)
     _add_clinic(commands)
     _add_export(commands)
     modes = commands.add_parser(
@@ -1180,6 +1199,27 @@ def _add_study(commands: Any) -> None:
     help_ = f"constant-reward: how episodes end, {_either(ENDINGS)} [terminated]"
     add("--ending", type=_one_of("ending", ENDINGS), metavar="HOW", help=help_)
     add("--no-progress", action="store_true", help="no progress bar")
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="compare runs in one HTML file that opens offline",
+        description=(
+            "Compare runs in one HTML file: curves, statistics, mode plans and tables. It opens "
+            "offline. The first condition is the baseline that the others are compared with."
+        ),
+        epilog="example: batchproof report runs/none runs/batch --out report.html",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_report)
+    add = parser.add_argument
+    help_ = "a folder of `batchproof train` or `batchproof study`, or a folder of runs"
+    add("runs", nargs="+", type=_folder, metavar="RUN", help=help_)
+    help_ = "the HTML file [report.html]"
+    add("--out", type=_file, default=Path("report.html"), metavar="FILE", help=help_)
+    help_ = "return that `steps to a threshold` asks for [the median of what conditions reach]"
+    add("--threshold", type=_real("a finite number", -math.inf), metavar="RETURN", help=help_)
 
 
 def _add_clinic(commands: Any) -> None:

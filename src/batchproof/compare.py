@@ -19,12 +19,16 @@ import math
 import re
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -500,7 +504,8 @@ def run(
 ) -> dict[str, Any]:
     """Run what is missing of a comparison and write ``out/compare.json``.
 
-    A cell that fails is marked, and the others go on. After Ctrl-C the record says ``interrupted``.
+    A cell that fails is marked, and the others go on. Ctrl-C stops at the next evaluation, a second
+    one at once (what is lost is at most a minute); the record then says ``interrupted``.
 
     Args:
         spec: what to compare.
@@ -535,18 +540,15 @@ def run(
                 if cell.env in broken:
                     population.state, population.error = "failed", broken[cell.env]
             clock = _Clock(deadline)
-            for cell, population in queue:
-                if population.state != "waiting":
-                    continue
-                if not clock.has_time():
-                    status = "stopped"
-                    break
-                words = [*cell.condition.words, "--env", cell.env]
-                words += [*_seed_words(population.training.seeds), "--out", str(population.folder)]
-                _run_one(cell, population, shlex.join(["batchproof", "train", *words]), clock, show)
-                if population.state == "stopped":
-                    status = "stopped"
-                    break
+            with _first_interrupt(clock, show):
+                for cell, population in queue:
+                    if population.state != "waiting":
+                        continue
+                    if clock.has_time():
+                        _run_one(cell, population, clock, show)
+                    if population.state in ("waiting", "stopped"):
+                        status = "interrupted" if clock.asked else "stopped"
+                        break
         except KeyboardInterrupt:
             status = "interrupted"
             for _, population in queue:
@@ -634,10 +636,31 @@ def _speed(population: Population, steps: int, wall_s: float) -> float:
     return steps * len(population.training.seeds) / wall_s if wall_s > 0 else math.nan
 
 
-def _run_one(cell: Cell, population: Population, command: str, clock: _Clock, show: _Show) -> None:
+@contextmanager
+def _first_interrupt(clock: _Clock, show: _Show) -> Iterator[None]:
+    """Let the first Ctrl-C stop at the next evaluation; a second one is Python's own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(*_: Any) -> None:
+        clock.asked = True
+        signal.signal(signal.SIGINT, before)
+        show.say("stopping at the next evaluation; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run_one(cell: Cell, population: Population, clock: _Clock, show: _Show) -> None:
     """Train a population as far as time allows; what goes wrong is written into it."""
     from batchproof.lab.loop import train
 
+    words = [*cell.condition.words, "--env", cell.env, *_seed_words(population.training.seeds)]
+    command = shlex.join(["batchproof", "train", *words, "--out", str(population.folder)])
     began = time.monotonic()
     population.state = "running"
     show.start(cell, population)
@@ -678,13 +701,15 @@ class _Clock:
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
+        self.asked = False  # to stop, by a user
         self.quickest_start = 0.0  # from the beginning of a population to its first evaluation
         self._last = 0.0
         self._first = False
 
     def has_time(self) -> bool:
         """Whether to begin another population."""
-        return self.deadline is None or time.monotonic() + self.quickest_start < self.deadline
+        in_time = self.deadline is None or time.monotonic() + self.quickest_start < self.deadline
+        return in_time and not self.asked
 
     def start(self) -> None:
         """A population begins."""
@@ -697,7 +722,7 @@ class _Clock:
         if self._first:
             self.quickest_start = min(self.quickest_start or took, took)
             self._first = False
-        return self.deadline is not None and now + took > self.deadline
+        return self.asked or (self.deadline is not None and now + took > self.deadline)
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -1084,7 +1109,7 @@ class _Show:
 
     def lines(self) -> list[str]:
         """The table as it stands: a header and a line for each cell."""
-        rows = [("environment", "condition", "seeds", "return", "steps/s", "state")]
+        rows = [("environment", "condition", "seeds", "return", "interval", "steps/s", "state")]
         for cell in self.cells:
             known = [p for p in cell.populations if not math.isnan(p.last)]
             sizes = [len(p.training.seeds) for p in known]
@@ -1097,11 +1122,12 @@ class _Show:
                     cell.condition.name,
                     str(seeds),
                     f"{mean:.4g}" if known else "-",
+                    _interval_text(_finals(cell)),
                     f"{speeds[-1]:,.0f}" if speeds else "-",
                     _state(cell),
                 )
             )
-        return _aligned(rows, left=(0, 1, 5))
+        return _aligned(rows, left=(0, 1, 6))
 
     def _wipe(self) -> None:
         if self._height:
@@ -1112,6 +1138,23 @@ class _Show:
         """Take the table away: the final one comes on standard output."""
         self._wipe()
         self.stream.flush()
+
+
+def _finals(cell: Cell) -> tuple[float, ...]:
+    """Final returns of the finished seeds that did not diverge."""
+    results = [population.result for population in cell.populations if population.result]
+    finals = [seed["final_return"] for result in results for seed in result.seeds]
+    return tuple(value for value in finals if not math.isnan(value))
+
+
+@cache
+def _interval_text(finals: tuple[float, ...]) -> str:
+    if len(finals) < 2:
+        return "-"
+    from batchproof.study.statistics import mean_interval
+
+    found = mean_interval(finals)
+    return f"{found.lo:.4g} to {found.hi:.4g}"
 
 
 def _clock(seconds: float) -> str:

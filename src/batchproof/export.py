@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from batchproof import records
 from batchproof.clinic.subject import Subject, Transitions
 from batchproof.errors import BatchproofError
-from batchproof.layers import create_norm
+from batchproof.layers import BatchRenorm1d, create_norm
 from batchproof.modes import Plan, Slot
 
 FORMATS = {"torch": ".safetensors", "onnx": ".onnx", "sb3": ".zip"}
@@ -438,7 +438,7 @@ def _layers(
 def _linear_of(own: dict[str, np.ndarray]) -> nn.Linear:
     bias = own.get("bias")
     # The lab's weights are (in, out).
-    weight = torch.from_numpy(np.array(own["weight"].T))
+    weight = torch.from_numpy(np.array(own["weight"].T, order="C"))
     return _linear(weight, None if bias is None else torch.from_numpy(np.array(bias)))
 
 
@@ -662,11 +662,12 @@ def _norm_options(layer: Any) -> dict[str, Any]:
     for kind, name in ((nn.LayerNorm, "layer"), (nn.RMSNorm, "rms")):
         if isinstance(layer, kind):
             return {"norm": name, "features": layer.normalized_shape[0], "eps": layer.eps}
-    names: tuple[str, ...] = ("eps", "momentum", "batch_variance", "running_variance", "estimator")
-    renorm = hasattr(layer, "warmup_steps")
-    names += RENORM_OPTIONS if renorm else ()
+    names = ("eps", "momentum", "batch_variance", "running_variance", "estimator")
     options = {name: getattr(layer, name) for name in names}
-    return {"norm": "renorm" if renorm else "batch", "features": layer.num_features} | options
+    if isinstance(layer, BatchRenorm1d):
+        options |= {name: getattr(layer.renorm, name) for name in RENORM_OPTIONS}
+        return {"norm": "renorm", "features": layer.num_features} | options
+    return {"norm": "batch", "features": layer.num_features} | options
 
 
 def _built(described: dict[str, Any]) -> nn.Module:
@@ -869,7 +870,7 @@ def to_subject(
         if moments is not None:
             std = np.sqrt(moments["var"] + np.float32(NORMALIZER_EPS))
             raw = np.clip((raw - moments["mean"]) / std, -CLIP, CLIP)
-        return torch.from_numpy(np.ascontiguousarray(raw[:, columns], np.float32))
+        return torch.from_numpy(np.array(raw[:, columns], np.float32))
 
     def actor(number: int | None, *, target: bool) -> nn.Sequential:
         net = _actor(run, seed, number, target=target, normalize=False)
@@ -913,9 +914,7 @@ def to_subject(
             reward = reward / (np.sqrt(run.of(seed, "agent.returns.moments")["var"]) + REWARD_EPS)
         more["transitions"] = Transitions(
             obs=as_taken(transitions["obs"]),
-            action=torch.from_numpy(
-                np.ascontiguousarray(transitions["action"][:, actions], np.float32)
-            ),
+            action=torch.from_numpy(np.array(transitions["action"][:, actions], np.float32)),
             reward=torch.as_tensor(reward, dtype=torch.float32),
             next_obs=as_taken(transitions["next_obs"]),
             terminated=torch.as_tensor(transitions["terminated"], dtype=torch.float32),

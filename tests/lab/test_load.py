@@ -22,7 +22,7 @@ from batchproof.modes import Plan
 NET = MLP((8, 6), Norm("batch", eps=1e-3))
 TRAINING = Training(
     "td3",
-    td3.Config(actor=NET, critic=NET, batch_size=8, plan=Plan.parse("TTEETE")),
+    td3.Config(actor=NET, critic=MLP((4,)), batch_size=8, plan=Plan.parse("TETTE")),
     "Pendulum-v1",
     env_options=({"max_episode_steps": 30}, {"max_episode_steps": 25}),
     seeds=(4, 2),
@@ -101,8 +101,8 @@ def test_collecting_explores_in_the_run_s_environment(run):
 def test_what_does_not_fit_is_said_in_one_line(run, folder, tmp_path):
     with pytest.raises(BatchproofError, match="seed 0 was not trained in this run: it has 4, 2"):
         run.of_seed(0)
-    with pytest.raises(BatchproofError, match="sizes 1 and 1, the run 3 and 1"):
-        load.collect(run, 2, 5, "batchproof/ConstantReward-v0")
+    with pytest.raises(BatchproofError, match="sizes 2 and 1, the run 3 and 1"):
+        load.collect(run, 2, 5, "MountainCarContinuous-v0")
     with pytest.raises(BatchproofError, match="name the folder of a `batchproof train` run"):
         load.load_run(tmp_path)
     record = json.loads((folder / "run.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 from batchproof.errors import BatchproofError
 from batchproof.lab import nets
 from batchproof.lab import trace as module
-from batchproof.lab.agents import crossq, ddpg, maddpg, reinforce, sac, td3
+from batchproof.lab.agents import crossq, ddpg, maddpg, reinforce, sac, td3, xqc
 from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
 from batchproof.lab.trace import Trace, behaviour, trace
@@ -32,7 +32,7 @@ CASES = {
     "stale": ("td3", small(td3, "TSEMtT", target_stats="stale"), ID),
     "sac": ("sac", small(sac, "TTETT", target_stats="polyak"), ID),
     "crossq": ("crossq", small(crossq, "TEEJJ", critic=MLP((8,), Norm("renorm"))), ID),
-    "joint-target": ("crossq", small(crossq, "tEEjj", target_network=True), ID),
+    "xqc": ("xqc", small(xqc, "tEEjj", atoms=5), ID),
     "bypass": ("ddpg", small(ddpg, "TEBTE", actor=MLP((8,), Norm("layer"))), ID),
     "rally": ("maddpg", small(maddpg, "TETTE"), "batchproof/Rally-v0"),
     "shared": ("maddpg", small(maddpg, "TETJJ", share_parameters=True), "batchproof/Rally-v0"),
@@ -73,7 +73,7 @@ def test_what_moved_is_what_a_plain_update_moves(case):
 
 
 def test_an_update_that_moves_nothing_is_said_to_move_nothing():
-    found = traced("joint-target")
+    found = traced("xqc")
     assert not any(call.moved for call in found.calls)
     assert not any(found.moved.values())
     assert set(found.synced["critic_target"].values()) == {"equal, nothing moved"}
@@ -95,7 +95,7 @@ def test_joint_and_mixed_passes_have_twice_the_rows():
     assert ((4, 5), "critic", 2 * ROWS, "J") in rows_of(traced("crossq"))
     assert ((3,), "critic", 2 * ROWS, "M") in rows_of(traced("stale"))
     both = {((4,), "critic", 2 * ROWS, "j"), ((5,), "critic_target", 2 * ROWS, "j")}
-    assert both <= rows_of(traced("joint-target"))
+    assert both <= rows_of(traced("xqc"))
 
 
 def test_agents_are_told_apart_unless_they_share():

@@ -84,7 +84,7 @@ def load_run(folder: Path) -> Run:
     if not path.is_file():
         raise BatchproofError(f"{path}: no such file: name the folder of a `batchproof train` run")
     run = records.read_json(path)
-    if not isinstance(run, dict) or not {"training", "spaces"} <= run.keys():
+    if not isinstance(run, dict) or not {"training", "spaces", "devices"} <= run.keys():
         raise BatchproofError(f"{path}: not the record of a run of this version")
     training = training_from_record(run["training"], path)
     spaces = run["spaces"]
@@ -119,7 +119,7 @@ def actions(run: Run, seed: int) -> Callable[[np.ndarray], np.ndarray]:
         A function from observations (N, O) to actions (N, A) in [-1, 1]; those of all agents side
         by side where there are several.
     """
-    act = jax.jit(jax.vmap(_policy(run, seed, explore=False), in_axes=(None, 0, None)))
+    act = _compiled(jax.vmap(_policy(run, seed, explore=False), in_axes=(None, 0, None)))
     agent, key = run.of_seed(seed), jax.random.key(0)  # the key is not used
     return lambda obs: np.asarray(act(agent, jnp.asarray(obs, jnp.float32), key)[0])
 
@@ -151,7 +151,7 @@ def collect(run: Run, seed: int, count: int, env_id: str | None = None) -> Colle
                 f"{name} does not fit this run: it has observations and actions of sizes "
                 f"{sizes[0]} and {sizes[1]}, the run {run.obs_size} and {run.action_size}"
             )
-        act = jax.jit(_policy(run, seed, explore=True))
+        act = _compiled(_policy(run, seed, explore=True))
         agent, obs, rows = run.of_seed(seed), envs.reset(), []
         for step in range(count):
             key = jax.random.fold_in(jax.random.key(seed), step)
@@ -175,6 +175,11 @@ def bounds(run: Run, seed: int) -> tuple[np.ndarray, np.ndarray]:
     space: Any = env.action_space
     env.close()
     return space.low.reshape(-1), space.high.reshape(-1)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # What runs for some hundred observations is compiled fast, not to be fast.
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _policy(run: Run, seed: int, *, explore: bool) -> Callable[..., tuple[Array, Any]]:

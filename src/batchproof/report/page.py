@@ -354,7 +354,7 @@ def _html(
     paragraphs: Sequence[str],
 ) -> str:
     plotly = (ASSETS / "plotly-basic.min.js").read_text(encoding="utf-8")
-    scripts = [plotly, study_report._SCRIPT, (ASSETS / "report.js").read_text("utf-8")]
+    scripts = [plotly, study_report.SORT_SCRIPT, (ASSETS / "report.js").read_text("utf-8")]
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for text in scripts
@@ -594,8 +594,8 @@ def _conditions_html(tasks: Sequence[_Task]) -> str:
                     _span(s.iqm),
                     _number(s.average),
                     _crossing(s),
-                    _cell("–" if seconds is None else study_report._duration(seconds), seconds),
-                    _cell("–" if wall is None else study_report._duration(wall), wall),
+                    _cell("–" if seconds is None else study_report.duration(seconds), seconds),
+                    _cell("–" if wall is None else study_report.duration(wall), wall),
                 ]
             )
     aims = "; ".join(

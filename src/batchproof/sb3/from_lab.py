@@ -18,6 +18,7 @@ from torch import nn
 from batchproof import export
 from batchproof.errors import BatchproofError
 from batchproof.export import LabRun
+from batchproof.sb3.modes import set_modes
 from batchproof.sb3.policies import NormSACPolicy, NormTD3Policy
 
 ALGORITHMS: dict[str, tuple[Any, Any]] = {
@@ -31,7 +32,7 @@ ALGORITHMS: dict[str, tuple[Any, Any]] = {
 def to_sb3(run: LabRun, seed: int) -> Any:
     """A Stable-Baselines3 model that acts as the lab's agent does, with its critics and targets.
 
-    Train on with `batchproof.sb3.set_modes` and the run's plan: the library has one of its own.
+    The model keeps the run's plan: `batchproof.sb3.set_modes` after loading trains on under it.
 
     Args:
         run: from `batchproof.export.read_run`.
@@ -85,6 +86,8 @@ def to_sb3(run: LabRun, seed: int) -> Any:
         role = "target_actor" if targets else "actor"
         _copy_actor(held.actor_target, export.actor_layers(run, seed, role))
     held.set_training_mode(False)
+    if any(norm["kind"] in ("batch", "renorm") for norm in used):
+        set_modes(model, run.plan)
     return model
 
 

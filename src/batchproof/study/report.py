@@ -112,7 +112,7 @@ def _page(
     language: str,
 ) -> str:
     # Only the script whose hash stands here may run, so that nothing in the data ever can.
-    script_hash = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    script_hash = base64.b64encode(hashlib.sha256(SORT_SCRIPT.encode()).digest()).decode()
     policy = (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'"
@@ -153,7 +153,7 @@ def _page(
 <main>
 {body}
 </main>
-<script>{_SCRIPT}</script>
+<script>{SORT_SCRIPT}</script>
 </body>
 </html>
 """
@@ -169,7 +169,7 @@ def _tally(study: Mapping[str, Any]) -> str:
     runs = sum(len(condition["returns"]) for condition in study["conditions"])
     parts.append(
         f"<span>{_count(len(study['conditions']), 'condition')}, {_count(runs, 'run')}, "
-        f"{escape(_duration(study['wall_s']))}</span>"
+        f"{escape(duration(study['wall_s']))}</span>"
     )
     return " ".join(parts)
 
@@ -344,7 +344,7 @@ def _run(study: Mapping[str, Any]) -> str:
         ("Command", f"<code>{escape(str(study['command']))}</code>"),
         ("Seeds", escape(_listed(seeds))),
         ("Environment steps per run", escape(_number(study["steps"]))),
-        ("Wall time", escape(_duration(study["wall_s"]))),
+        ("Wall time", escape(duration(study["wall_s"]))),
     ]
     if study.get("machine"):
         facts.append(("Machine", escape(_listed(study["machine"]))))
@@ -401,7 +401,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _duration(seconds: Any) -> str:
+def duration(seconds: Any) -> str:
+    """Seconds in words, such as ``3 min 20 s``."""
     number = _finite(seconds)
     if number is None:
         return "unknown time"
@@ -514,7 +515,7 @@ th[aria-sort="descending"] button::after { content: " ▼"; }
 """
 
 # The headings become buttons here and not in the HTML: without JavaScript no dead button shows.
-_SCRIPT = """
+SORT_SCRIPT = """
 "use strict";
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
