@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := demo/constant-reward
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test test-full lint bench docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,7 +17,11 @@ demo: .venv/.lab  ## settle the blog post's claim about batch norm in TD3 and SA
 	@echo "== Open $(DEMO)/report.html in a browser, or look at $(DEMO)/answer.png"
 
 test: .venv/.dev  ## run the tests
-	@echo "== Running the tests (a few minutes on two cores)"
+	@echo "== Running the tests (some nine minutes on two cores)"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not full"
+
+test-full: .venv/.dev  ## run the tests and small versions of the studies
+	@echo "== Running all tests (some fifteen minutes on two cores)"
 	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/.dev  ## ruff and mypy

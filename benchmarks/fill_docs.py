@@ -102,6 +102,10 @@ def _benchmark(name: str) -> str:
     )
 
 
+def _report() -> str:
+    return (RESULTS / "benchmarks" / "report.md").read_text(encoding="utf-8").strip()
+
+
 def _gemm(record: dict[str, Any]) -> str:
     rates = [
         sample["gemm_gflops"]
@@ -237,7 +241,45 @@ def breakout_cures() -> str:
     return "\n".join(lines)
 
 
+def maddpg_verdicts() -> str:
+    study = _load(RESULTS / "maddpg-batchnorm" / "study.json")
+    if study is None:
+        return "Not measured yet."
+    lines = ["| claim | | verdict | measured |", "|---|---|---|---|"]
+    lines += [
+        f"| {c['id']} | {c['statement']} | **{c['verdict']}** | {c['why']} |"
+        for c in study["claims"]
+    ]
+    return "\n".join(lines) + (
+        f"\n\n{study['seeds']} seeds, `{study['command']}`, {study['wall_s'] / 60:.0f} minutes on "
+        "2 cores. Brackets are 95 % intervals of the mean."
+    )
+
+
+def maddpg_conditions() -> str:
+    study = _load(RESULTS / "maddpg-batchnorm" / "study.json")
+    if study is None:
+        return "Not measured yet."
+    lines = [
+        "| condition | agent | plan | score [lowest, highest] | predicted | solved |",
+        "|---|---|---|---|---|---|",
+    ]
+    for c in study["conditions"]:
+        returns, digits = c["returns"], 2 if c["task"] == "rally" else 1
+        mean, low, high = statistics.fmean(returns), min(returns), max(returns)
+        solved = "-"
+        if c["solved_at"] is not None:
+            solved = f"{sum(at is not None for at in c['solved_at'])} of {len(returns)}"
+        lines.append(
+            f"| {c['label']} | {c['algo'].upper()} | `{c['modes'] or '-'}` "
+            f"| {mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] "
+            f"| {c['prediction'] or '-'}{' (missed)' if c['missed'] else ''} | {solved} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
+    "maddpg-batchnorm.md": {"verdicts": maddpg_verdicts, "conditions": maddpg_conditions},
     "planted-defects.md": {"planted": planted, "healthy": healthy},
     "constant-reward.md": {"verdicts": verdicts, "conditions": conditions, "sb3": sb3},
     "naturecnn-breakout.md": {"verdicts": breakout_verdicts, "conditions": breakout_conditions},
@@ -251,6 +293,7 @@ TABLES = {
         "audit": lambda: _benchmark("audit"),
         "layers": lambda: _benchmark("layers"),
         "monitor": lambda: _benchmark("monitor"),
+        "report": _report,
         "learning": learning,
     },
 }

@@ -484,6 +484,8 @@ def test_interrupts_leave_a_state_that_resumes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # A test run in the background of a shell may have been told to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     advance = off_policy.Stepper.advance
 
     def interrupted(count: int) -> Callable[..., None]:
@@ -508,6 +510,7 @@ def test_interrupts_leave_a_state_that_resumes(
             capsys.readouterr().out
         )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
     assert returns(run(f"{SMALL} --seeds 2", tmp_path)) == returns(whole[1])
 
 

@@ -639,7 +639,8 @@ def _speed(population: Population, steps: int, wall_s: float) -> float:
 @contextmanager
 def _first_interrupt(clock: _Clock, show: _Show) -> Iterator[None]:
     """Let the first Ctrl-C stop at the next evaluation; a second one is Python's own."""
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as under nohup: keep it so
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
 

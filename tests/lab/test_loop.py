@@ -248,7 +248,10 @@ def columns(rows: np.ndarray, obs_size: int = 3) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.full] if name == "cheetah" else []) for name in ENGINES],
+)
 def test_a_run_that_was_killed_equals_one_that_never_was(
     name: str,
     finished: Callable[[str], Finished],

@@ -456,7 +456,7 @@ def test_mistakes_raise_one_line():
 # --------------------------------------------------------------------------------- the cure
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_line_cures_constant_reward():
     returns = {}
     for plan in ("TETTE", "TEETE"):

@@ -197,7 +197,7 @@ def test_a_dropped_unit_is_cut_out() -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_have_the_gap_of_one_with_the_whole_batch(agent: ddpg.State) -> None:
     """Over gloo in torch, against the lab's own pass on the same rows."""
     states = np.random.default_rng(1).normal(size=(study.POPULATION, 3))
@@ -379,11 +379,11 @@ def test_a_finished_condition_is_read_back_and_another_one_refused(
         study.train_cell(ACT_E, 3, 512, tmp_path, False, "")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_small_study_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "HIDDEN", (8, 8))
     monkeypatch.setattr(study, "EPISODES", 32)
-    monkeypatch.setattr(study, "SIZES", (2, 16))
+    monkeypatch.setattr(study, "SIZES", (2, 8, 32))
     made = study.run(tmp_path, seeds=2, steps=512, conditions="act-T", progress=False, command="x")
     written = json.loads((tmp_path / "study.json").read_text())
     assert written["study"] == made["study"] == "batch-vs-single"

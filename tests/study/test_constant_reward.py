@@ -125,6 +125,7 @@ def test_bad_options_raise_one_line(tmp_path: Path, options, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.full
 def test_small_run_writes_everything_and_resumes_its_cells(tmp_path: Path):
     options = {"seeds": 2, "steps": 150, "conditions": "none,slot3-T,slot3-E", "ending": "both"}
     made = study.run(tmp_path, progress=False, command="batchproof study", **options)

@@ -147,6 +147,7 @@ def test_bad_options_raise_one_line(tmp_path: Path, options, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.full
 def test_small_run_writes_everything_and_resumes_its_cells(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(study, "EVALUATIONS", 2)
     rally = study.TASKS["rally"]
