@@ -283,6 +283,7 @@ TABLES = {
     "planted-defects.md": {"planted": planted, "healthy": healthy},
     "constant-reward.md": {"verdicts": verdicts, "conditions": conditions, "sb3": sb3},
     "naturecnn-breakout.md": {"verdicts": breakout_verdicts, "conditions": breakout_conditions},
+    "reinforce.md": {"reinforce": lambda: _benchmark("reinforce")},
     "on-policy.md": {"cures": breakout_cures},
     "benchmarks.md": {
         "constant_reward": lambda: "\n\n".join(
