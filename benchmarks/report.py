@@ -24,7 +24,7 @@ import bench
 import numpy as np
 
 from batchproof import records
-from batchproof.study.study import write_columns
+from batchproof.records import write_columns
 
 ALGORITHMS = ("ddpg", "td3", "sac", "crossq")
 SEEDS, EVALUATIONS, STEPS = 10, 200, 200_000

@@ -124,6 +124,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_columns(path: Path, columns: dict[str, Any]) -> None:
+    """Write columns of equal length as Parquet, in one move."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with replacing(path) as file:
+        pq.write_table(pa.table(columns), file, compression="zstd")
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Versions of Python, this package and the named ones, those that are installed."""
     found = {"python": platform.python_version()}

@@ -16,7 +16,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from batchproof.errors import BatchproofError
-from batchproof.lab import episodic
 from batchproof.lab.agents.reinforce import Config
 from batchproof.lab.envs import JAX_ENVS
 from batchproof.lab.envs.jax_env import Step
@@ -224,9 +223,6 @@ def test_an_environment_without_end_is_refused() -> None:
 
 
 def test_several_agents_are_refused() -> None:
-    class Envs:
-        class layout:
-            names = ("a", "b")
-
+    several = replace(COUNTDOWN, env_id="batchproof/Rally-v0", env_options={})
     with pytest.raises(BatchproofError, match="has 2 agents, but reinforce trains one"):
-        episodic._check_one_agent(LINEAR, Envs)
+        Stepper(several)

@@ -250,7 +250,7 @@ def columns(rows: np.ndarray, obs_size: int = 3) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.full] if name == "cheetah" else []) for name in ENGINES],
+    ["jax", "pendulum", pytest.param("cheetah", marks=[needs_mujoco, pytest.mark.full])],
 )
 def test_a_run_that_was_killed_equals_one_that_never_was(
     name: str,

@@ -6,7 +6,6 @@ import pytest
 
 from batchproof.errors import BatchproofError
 from batchproof.lab.agents import reinforce, td3, xqc
-from batchproof.lab.episodic import Stepper as EpisodicStepper
 from batchproof.lab.nets import MLP
 from batchproof.lab.off_policy import Stepper
 from batchproof.lab.training import Training
@@ -72,14 +71,6 @@ def test_xqc_scales_rewards_by_the_spread_of_returns_that_the_loop_shows_it():
 
 
 def test_reinforce_says_what_to_use_instead():
-    run = Training(
-        "reinforce",
-        reinforce.Config(),
-        "Pendulum-v1",
-        seeds=(0,),
-        steps=1000,
-        learning_starts=0,
-        normalize_obs=True,
-    )
+    options = {"seeds": (0,), "steps": 1000, "learning_starts": 0, "normalize_obs": True}
     with pytest.raises(BatchproofError, match="--placement input"):
-        EpisodicStepper(run)
+        Training("reinforce", reinforce.Config(), "Pendulum-v1", **options)

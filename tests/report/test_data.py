@@ -5,8 +5,8 @@ import json
 import pytest
 
 from batchproof.errors import BatchproofError
+from batchproof.records import write_columns
 from batchproof.report import data
-from batchproof.study.study import write_columns
 
 NORM = {"kind": "batch", "placement": "pre", "momentum": 0.1, "eps": 1e-5}
 

@@ -34,7 +34,9 @@ from batchproof.lab import checkpoint, population
 from batchproof.lab.agents.reinforce import Episodes
 from batchproof.lab.envs import JAX_ENVS, host
 from batchproof.lab.envs.host import EVALUATE, TRAIN, HostEnvs
-from batchproof.lab.training import NOT_DIVERGED, Training
+from batchproof.lab.envs.jax_env import make, stacked
+from batchproof.lab.envs.layout import layout_of
+from batchproof.lab.training import NOT_DIVERGED, Training, check_agents
 from batchproof.modes import E, Mode, Plan, Slot
 
 EVALUATION = 2**31 - 1  # keys of updates are smaller
@@ -188,11 +190,6 @@ class Stepper:
         Raises:
             BatchproofError: the environment has no longest episode, or several agents.
         """
-        if training.normalize_obs:
-            raise BatchproofError(
-                f"normalize_obs is for agents that replay: give {training.algo} a norm on its "
-                "input instead (--norm batch --placement input)"
-            )
         self.training = training
         self.layout = None  # one agent
         self.mesh = population.mesh_for(len(training.seeds))
@@ -204,8 +201,8 @@ class Stepper:
         self._eval_envs: HostEnvs | None = None
         jax_env = None if training.host_env else JAX_ENVS.get(training.env_id)
         if jax_env is not None:
-            env: Any = _stacked([_make(jax_env, option) for option in options])
-            _check_one_agent(training, env)
+            env: Any = stacked([make(jax_env, option) for option in options])
+            check_agents(training, layout_of(jax_env))
             self.obs_size, self.action_size = env.obs_size, env.action_size
             self.max_steps = env.max_steps
         else:
@@ -215,7 +212,7 @@ class Stepper:
             self._envs = self._host(options, count, TRAIN)
             self._eval_envs = self._host(options, training.eval_episodes, EVALUATE)
             self.obs_size, self.action_size = self._envs.obs_size, self._envs.action_size
-            _check_one_agent(training, self._envs)
+            check_agents(training, self._envs.layout)
         self.steps_per_update = training.config.episodes_per_update * self.max_steps
         self._compile()
         self.step = 0
@@ -402,23 +399,3 @@ def _longest_episode(env_id: str, options: list[dict[str, Any]]) -> int:
             )
         longest = max(longest, limit)
     return longest
-
-
-def _check_one_agent(training: Training, envs: Any) -> None:
-    layout = getattr(envs, "layout", None)
-    if layout is not None:
-        raise BatchproofError(
-            f"{training.env_id} has {len(layout.names)} agents, but {training.algo} trains one: "
-            "use maddpg"
-        )
-
-
-def _make(env: Any, options: dict[str, Any]) -> Any:
-    try:
-        return env.make(**options)
-    except TypeError as error:
-        raise BatchproofError(f"cannot make environment: {error}") from None
-
-
-def _stacked(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -127,12 +127,6 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
-def write_metrics(path: Path, columns: dict[str, Any]) -> None:
-    """Write columns of equal length as Parquet, in one move."""
-    with records.replacing(path) as file:
-        pq.write_table(pa.table(columns), file, compression="zstd")
-
-
 class _Run:
     """A run and its folder: when to evaluate, what to write down."""
 
@@ -212,7 +206,7 @@ class _Run:
         return last
 
     def _write_metrics(self) -> None:
-        write_metrics(self.out / "metrics.parquet", _columns(self.rows))
+        records.write_columns(self.out / "metrics.parquet", _columns(self.rows))
 
     def _write_record(self, status: str, wall_s: float) -> list[dict[str, Any]]:
         diverged_at = self.stepper.diverged_at()

@@ -28,13 +28,12 @@ from jax import Array
 
 from batchproof.errors import BatchproofError
 from batchproof.lab import checkpoint, obs_norm, population, replay
-from batchproof.lab.agents import AGENTS
 from batchproof.lab.envs import JAX_ENVS, host
 from batchproof.lab.envs.host import EVALUATE, TRAIN, HostEnvs
-from batchproof.lab.envs.jax_env import JaxEnv
+from batchproof.lab.envs.jax_env import make, stacked
 from batchproof.lab.envs.layout import Layout, layout_of
 from batchproof.lab.passes import Batch
-from batchproof.lab.training import NOT_DIVERGED, Training
+from batchproof.lab.training import NOT_DIVERGED, Training, check_agents
 
 DIVERGED_Q = 1e9  # a value beyond this, in units of return, is divergence
 
@@ -273,7 +272,7 @@ class Stepper:
         self._eval_envs: HostEnvs | None = None
         jax_env = None if training.host_env else JAX_ENVS.get(training.env_id)
         if jax_env is not None:
-            env: Any = _stacked([_make(jax_env, option) for option in options])
+            env: Any = stacked([make(jax_env, option) for option in options])
             self.layout = layout_of(jax_env)
             self.obs_size, self.action_size = jax_env.obs_size, jax_env.action_size
         else:
@@ -469,45 +468,10 @@ def check_env(training: Training) -> None:
     for i in range(1 if same else len(training.seeds)):
         options = training.options_of(i)
         if jax_env is not None:
-            _make(jax_env, options)
+            make(jax_env, options)
             layout = layout_of(jax_env)
         else:
             env = host.make(training.env_id, options)
             env.close()
             layout = host.layout_of(env)
         check_agents(training, layout)
-
-
-def check_agents(training: Training, layout: Layout | None) -> None:
-    """Raise unless the algorithm trains as many agents as the environment has."""
-    if layout is not None and not training.agent.MULTI_AGENT:
-        raise BatchproofError(
-            f"{training.env_id} has {len(layout.names)} agents, but {training.algo} trains one: "
-            f"use {_trains(several=True)}"
-        )
-    if layout is None and training.agent.MULTI_AGENT:
-        raise BatchproofError(
-            f"{training.env_id} has one agent, but {training.algo} trains several: "
-            f"use {_trains(several=False)}"
-        )
-
-
-def _trains(several: bool) -> str:
-    found = [
-        name
-        for name, agent in AGENTS.items()
-        if agent.STEPPER == "off_policy" and several == agent.MULTI_AGENT
-    ]
-    return ", ".join(found)
-
-
-def _make(env: Any, options: dict[str, Any]) -> JaxEnv:
-    try:
-        return env.make(**options)
-    except TypeError as error:
-        line = f"cannot make environment: {error} (--host-env takes the original's options)"
-        raise BatchproofError(line) from None
-
-
-def _stacked(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -8,6 +8,7 @@ from typing import Any
 
 from batchproof.errors import BatchproofError
 from batchproof.lab.agents import AGENTS
+from batchproof.lab.envs.layout import Layout
 from batchproof.modes import Plan
 
 NOT_DIVERGED = -1  # in place of the environment step at which a seed diverged
@@ -78,6 +79,11 @@ class Training:
                 f"update_every {self.update_every} leaves no update between learning_starts "
                 f"({self.learning_starts}) and steps ({self.steps}): choose a smaller one"
             )
+        if self.normalize_obs and self.agent.STEPPER != "off_policy":
+            raise BatchproofError(
+                f"normalize_obs is for agents that replay: give {self.algo} a norm on its input "
+                "instead (--norm batch --placement input)"
+            )
         if not isinstance(self.env_options, dict) and len(self.env_options) != len(self.seeds):
             raise BatchproofError(
                 f"env_options needs one dictionary, or one for each of the {len(self.seeds)} "
@@ -128,3 +134,26 @@ class Training:
             return value
 
         return plain(self)
+
+
+def check_agents(training: Training, layout: Layout | None) -> None:
+    """Raise unless the algorithm trains as many agents as the environment has."""
+    if layout is not None and not training.agent.MULTI_AGENT:
+        raise BatchproofError(
+            f"{training.env_id} has {len(layout.names)} agents, but {training.algo} trains one: "
+            f"use {_trains(several=True)}"
+        )
+    if layout is None and training.agent.MULTI_AGENT:
+        raise BatchproofError(
+            f"{training.env_id} has one agent, but {training.algo} trains several: "
+            f"use {_trains(several=False)}"
+        )
+
+
+def _trains(several: bool) -> str:
+    found = [
+        name
+        for name, agent in AGENTS.items()
+        if agent.STEPPER == "off_policy" and several == agent.MULTI_AGENT
+    ]
+    return ", ".join(found)

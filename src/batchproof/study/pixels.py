@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from batchproof import records
 from batchproof.errors import BatchproofError
-from batchproof.study.study import write_columns
+from batchproof.records import write_columns
 
 FRAMES = 4
 """Frames of the game to one agent step: each action is repeated."""

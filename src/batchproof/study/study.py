@@ -58,16 +58,7 @@ def write_all_metrics(path: Path, parts: Sequence[dict[str, np.ndarray]]) -> Non
             rows = len(next(iter(part.values())))
             pieces.append(part.get(name, np.full(rows, np.nan)))
         columns[name] = np.concatenate(pieces)
-    write_columns(path, columns)
-
-
-def write_columns(path: Path, columns: dict[str, Any]) -> None:
-    """Write columns of equal length as Parquet, in one move."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with records.replacing(path) as file:
-        pq.write_table(pa.table(columns), file, compression="zstd")
+    records.write_columns(path, columns)
 
 
 def study_record(

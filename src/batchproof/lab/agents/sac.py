@@ -28,7 +28,7 @@ import optax
 from jax import Array
 
 from batchproof.errors import BatchproofError
-from batchproof.lab import measures, nets
+from batchproof.lab import measures, nets, squashed_gaussian
 from batchproof.lab.nets import MLP, Network, Tree
 from batchproof.lab.passes import (
     Batch,
@@ -38,10 +38,10 @@ from batchproof.lab.passes import (
     policy_q,
     replay_and_target_q,
 )
+from batchproof.lab.squashed_gaussian import draw_noise
 from batchproof.modes import Mode, Plan, Slot
 
-LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
-TANH_EPS = 1e-6  # keeps log(1 - a^2) finite, as in the authors' code
+LOG_STD = (-20.0, 2.0)  # bounds
 
 
 STEPPER = "off_policy"  # how its environments are stepped, see `batchproof.lab.loop`
@@ -105,13 +105,6 @@ class State(NamedTuple):
     alpha_optimizer: Any
 
 
-class Noise(NamedTuple):
-    """The standard normal noise that one update uses."""
-
-    action: Array  # (B, A), for a~
-    next_action: Array  # (B, A), for a'
-
-
 def init(config: Config, key: Array, obs_size: int, action_size: int) -> State:
     """Fresh networks, targets equal to them, and Adam's moments at zero."""
     actor_key, critic_key = jax.random.split(key)
@@ -135,33 +128,8 @@ def init(config: Config, key: Array, obs_size: int, action_size: int) -> State:
 def policy(
     config: Config, actor: Network, obs: Array, noise: Array | None, mode: Mode
 ) -> tuple[Array, Array, Tree]:
-    """A squashed Gaussian action, reparameterized (equations 20 and 21 of arXiv 1812.05905).
-
-    Args:
-        config: hyperparameters.
-        actor: parameters and statistics.
-        obs: (B, O).
-        noise: standard normal (B, A); None gives the mean action.
-        mode: of the pass.
-
-    Returns:
-        Actions (B, A) in (-1, 1), their log densities (B,), the actor's statistics after the pass.
-    """
-    output, stats = nets.apply(nets.without_action(config.actor), actor, obs, mode)
-    mean, log_std = jnp.split(output, 2, axis=-1)
-    log_std = jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)
-    if noise is None:
-        noise = jnp.zeros_like(mean)
-    action = jnp.tanh(mean + jnp.exp(log_std) * noise)
-    log_density = -0.5 * (jnp.square(noise) + jnp.log(2 * jnp.pi)) - log_std
-    log_prob = (log_density - jnp.log(1 - jnp.square(action) + TANH_EPS)).sum(-1)
-    return action, log_prob, stats
-
-
-def draw_noise(key: Array, shape: tuple[int, ...]) -> Noise:
-    """The noise of one update, for actions of ``shape`` (B, A)."""
-    now, later = jax.random.split(key)
-    return Noise(jax.random.normal(now, shape), jax.random.normal(later, shape))
+    """Actions (B, A), log densities (B,) and statistics, see `squashed_gaussian.sample`."""
+    return squashed_gaussian.sample(config.actor, actor, obs, noise, mode, LOG_STD)
 
 
 def td_target(

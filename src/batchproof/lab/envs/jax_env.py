@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 from jax import Array
+
+from batchproof.errors import BatchproofError
 
 
 class Step(NamedTuple):
@@ -40,3 +44,21 @@ class JaxEnv(Protocol):
     def step(self, key: Array, state: Any, action: Array) -> Step:
         """One step with ``action`` (A,)."""
         ...
+
+
+def make(env: Any, options: dict[str, Any]) -> Any:
+    """An environment of the class ``env``.
+
+    Raises:
+        BatchproofError: an option that it does not take, or cannot.
+    """
+    try:
+        return env.make(**options)
+    except TypeError as error:
+        line = f"cannot make environment: {error} (--host-env takes the original's options)"
+        raise BatchproofError(line) from None
+
+
+def stacked(envs: list[Any]) -> Any:
+    """Environments of one class as one whose parameters have a leading axis P."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *envs)

@@ -34,7 +34,7 @@ from batchproof.errors import BatchproofError
 from batchproof.lab import checkpoint, nets, norms, population, replay
 from batchproof.lab.agents import ddpg
 from batchproof.lab.envs.pendulum import Pendulum
-from batchproof.lab.loop import read_metrics, write_metrics
+from batchproof.lab.loop import read_metrics
 from batchproof.lab.nets import MLP, Network, Tree
 from batchproof.lab.norms import Norm
 from batchproof.lab.passes import Batch
@@ -330,7 +330,7 @@ def train_cell(
     env_steps = np.asarray(times) * condition.num_envs
     returns = np.stack(curve, axis=1)
     checkpoint.save_checkpoint(folder / "checkpoint", steps, (agents, rows), {})
-    write_metrics(
+    records.write_columns(
         folder / "metrics.parquet",
         {
             "step": np.repeat(env_steps, seeds),
