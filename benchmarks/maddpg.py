@@ -4,7 +4,8 @@
     python benchmarks/maddpg.py --xuance PYTHON --learn 80000 [--seeds 5]
 
 XuanCe pins old versions of NumPy and Gymnasium, so it lives in an environment of its own: PYTHON is
-that environment's interpreter (``python -m venv xuance; xuance/bin/pip install xuance mpe2``).
+that environment's interpreter (``python -m venv xuance; xuance/bin/pip install xuance mpe2
+"pyglet<2" scikit-image mpi4py``; version 1.4.4 imports the last three and does not ask for them).
 
 Both have the same networks (two hidden layers of 64 for each agent's actor and centralized critic,
 nothing shared) and the settings of the paper's authors: batches of 1024, learning rate 1e-2, tau
@@ -21,6 +22,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -195,8 +197,6 @@ def our_speed(task: str, updates: int, seeds: int) -> dict[str, float]:
 
 
 def our_learn(task: str, steps: int, seeds: int) -> dict[str, Any]:
-    import tempfile
-
     from batchproof.lab.loop import train
     from batchproof.lab.training import Training
 
@@ -226,8 +226,12 @@ def work(words: list[str]) -> dict[str, Any]:
 
 
 def xuance_process(python: str, words: list[str]) -> dict[str, Any]:
-    command = [python, __file__, "--worker", "xuance", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [str(Path(python).absolute()), str(Path(__file__).absolute())]
+    with tempfile.TemporaryDirectory() as folder:  # it writes logs into the current one
+        done = subprocess.run(
+            [*command, "--worker", "xuance", *words],
+            capture_output=True, text=True, check=False, cwd=folder,
+        )  # fmt: skip
     if done.returncode != 0:
         raise SystemExit(f"XuanCe failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -250,13 +254,16 @@ def main() -> None:
         [args.xuance, "-c", "import importlib.metadata as m; print(m.version('xuance'))"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    record: dict[str, Any] = {"xuance": found.stdout.strip()}
+    began = time.perf_counter()
+    record: dict[str, Any] = {"xuance": found.stdout.strip(), "rounds": args.rounds}
     if args.learn:
         rows = [learn_row(args, task) for task in args.tasks]
-        bench.write(args.out, "maddpg_learning", record | {"rows": rows}, render_learning(rows))
+        record |= {"rounds": 1, "rows": rows, "wall_s": time.perf_counter() - began}
+        bench.write(args.out, "maddpg_learning", record, render_learning(rows))
         return
     rows = [speed_row(args, task) for task in args.tasks]
-    bench.write(args.out, "maddpg", record | {"rows": rows}, render_speed(rows))
+    record |= {"rows": rows, "wall_s": time.perf_counter() - began}
+    bench.write(args.out, "maddpg", record, render_speed(rows))
 
 
 def speed_row(args: argparse.Namespace, task: str) -> dict[str, Any]:
