@@ -20,8 +20,8 @@ test: .venv/.dev  ## run the tests
 	@echo "== Running the tests (some nine minutes on two cores)"
 	$(BIN)/pytest -n 2 --dist loadfile -m "not full"
 
-test-full: .venv/.dev  ## run the tests and small versions of the studies
-	@echo "== Running all tests (some fifteen minutes on two cores)"
+test-full: .venv/.dev .venv/.ray  ## run the tests, small versions of the studies, and a Ray cluster's
+	@echo "== Running all tests (some twenty-five minutes on two cores)"
 	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/.dev  ## ruff and mypy
@@ -49,7 +49,7 @@ clean:  ## remove everything that make made
 	@touch $@
 
 # One stamp for each extra: installed anew when the package's needs change.
-.venv/.lab .venv/.dev .venv/.bench .venv/.docs: .venv/.%: .venv/.made pyproject.toml constraints.txt
+.venv/.lab .venv/.dev .venv/.bench .venv/.docs .venv/.ray: .venv/.%: .venv/.made pyproject.toml constraints.txt
 	@echo "== Installing batchproof[$*] and what it needs (minutes at the first time)"
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@

@@ -399,7 +399,8 @@ def _compare(args: argparse.Namespace, command: str) -> int:
     if args.list:
         print(compare.listing(spec, build))
         return 0
-    record = compare.run(spec, args.out, build, progress=not args.no_progress, command=command)
+    progress = not args.no_progress
+    record = compare.run(spec, args.out, build, on=args.on, progress=progress, command=command)
     print(compare.text(record))
     print(f"\n{args.out / 'compare.json'}: conditions, returns of each seed, statistics")
     print(f"{args.out / 'cells'}: the runs, as of `batchproof train`")
@@ -1104,6 +1105,8 @@ def _add_compare(commands: Any) -> None:
     help_ = "stop in time, at an evaluation, with what is known: such as 30m or 2h"
     add("--budget", type=_duration, metavar="TIME", help=help_)
     add("--out", type=_folder, metavar="DIR", help="the comparison's folder")
+    help_ = "train on a Ray cluster, all of whose nodes see DIR: ray or ray:HOST:PORT [here]"
+    add("--on", type=_cluster, metavar="PLACE", help=help_)
     add("--list", action="store_true", help="show what would be trained, and train nothing")
     add("--no-progress", action="store_true", help="no table that follows along")
 
@@ -1175,6 +1178,14 @@ def _duration(text: str) -> float:
             f"{text!r} is not a time: write for example 90s, 30m or 2h"
         )
     return 3600.0 * hours + 60 * minutes + seconds
+
+
+def _cluster(text: str) -> str:
+    if not re.fullmatch(r"ray(:[^:/\s]+:\d+)?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no place to train: write ray, or ray:HOST:PORT such as ray:10.0.0.1:6379"
+        )
+    return text
 
 
 def _add_study(commands: Any) -> None:
