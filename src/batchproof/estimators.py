@@ -222,3 +222,7 @@ ESTIMATORS: dict[str, Estimator] = {
     ),
 }
 """Every estimator by name."""
+
+BY_MOMENTS = ("ema", "debiased", "cumulative", "chan")
+"""Estimators that need a batch's mean and variance only, not its rows: all that is left of a batch
+that is spread over processes or devices."""

@@ -12,7 +12,7 @@ Shapes: ``B`` batch, ``F`` features. Everything acts on ``(B, F)`` and normalize
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from batchproof.errors import BatchproofError
-from batchproof.estimators import Batch
+from batchproof.estimators import BY_MOMENTS, Batch
 from batchproof.lab.estimators import ESTIMATORS
 from batchproof.modes import Mode
 
@@ -55,6 +55,11 @@ class Norm:
         d_max: bound of Batch Renorm's shift correction.
         estimator: a name in `batchproof.lab.estimators.ESTIMATORS`: how the running statistics of
             ``batch`` and ``renorm`` move.
+        axis_name: a mapped axis of `jax.shard_map` (with ``check_vma=False``) or `jax.vmap` over
+            which a batch is spread in equal parts: ``batch`` and ``renorm`` then take the
+            statistics of all parts together. Gradients are those of the sum of the parts' losses;
+            each part holds its own share of the parameters', for a `jax.lax.psum`. Not part of a
+            run's record, because it says where a batch lies and not what is computed.
     """
 
     kind: str = "none"
@@ -70,6 +75,7 @@ class Norm:
     r_max: float = 3.0
     d_max: float = 5.0
     estimator: str = "ema"
+    axis_name: str | None = field(default=None, metadata={"record": False})
 
     def __post_init__(self) -> None:
         _one_of("norm", self.kind, tuple(KINDS))
@@ -87,6 +93,11 @@ class Norm:
             )
         if not self.eps >= 0:
             raise BatchproofError(f"eps must not be negative, got {self.eps}")
+        if self.axis_name is not None and self.estimator not in BY_MOMENTS:
+            raise BatchproofError(
+                f"estimator {self.estimator!r} looks at the rows of a batch, and an axis shares "
+                f"only their mean and variance: use one of {', '.join(BY_MOMENTS)}"
+            )
         if self.groups < 1:
             raise BatchproofError(f"groups must be at least 1, got {self.groups}")
         if self.r_max < 1 or self.d_max < 0:
@@ -156,10 +167,11 @@ def _batch(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> tu
     if not mode.uses_batch:
         return _affine(x, stats["mean"], _inverse_std(norm, stats["var"]) * scale, bias), stats
     if mode.gradient:
-        y, mean, var = _standardize(x, scale, bias, norm.eps, _correction(norm, len(x)))
+        correction = _correction(norm, x)
+        y, mean, var = _standardize(x, scale, bias, norm.eps, correction, norm.axis_name)
     else:
-        mean, var = jax.lax.stop_gradient(_moments(x))
-        inverse_std = _inverse_std(norm, var * _correction(norm, len(x)))
+        mean, var = jax.lax.stop_gradient(_moments(x, norm.axis_name))
+        inverse_std = _inverse_std(norm, var * _correction(norm, x))
         y = _affine(x, mean, inverse_std * scale, bias)
     return y, _move(norm, stats, mean, var, x) if mode.updates else stats
 
@@ -173,8 +185,8 @@ def _renorm(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> t
     if not mode.uses_batch:
         return _batch(norm, params, stats, x, mode)
     scale, bias = params["scale"], params["bias"]
-    correction = _correction(norm, len(x))
-    mean, biased = _moments(x)
+    correction = _correction(norm, x)
+    mean, biased = _moments(x, norm.axis_name)
     new_stats = _move(norm, stats, mean, biased, x) if mode.updates else stats
     if not mode.gradient:
         mean, biased = jax.lax.stop_gradient((mean, biased))
@@ -193,7 +205,7 @@ def _renorm(norm: Norm, params: Params, stats: Stats, x: Array, mode: Mode) -> t
     # ((x - mean) / std * r + d) * scale + bias, with r and d constant.
     scale, bias = r * scale, d * scale + bias
     if mode.gradient:
-        return _standardize(x, scale, bias, norm.eps, correction)[0], new_stats
+        return _standardize(x, scale, bias, norm.eps, correction, norm.axis_name)[0], new_stats
     return _affine(x, mean, _inverse_std(norm, var) * scale, bias), new_stats
 
 
@@ -231,15 +243,26 @@ KINDS: dict[str, Callable[[Norm, Params, Stats, Array, Mode], tuple[Array, Stats
 """Every normalization by name."""
 
 
-def _moments(x: Array) -> tuple[Array, Array]:
+def _rows(x: Array, axis_name: str | None) -> int:
+    """Rows of the whole batch, of which ``x`` is one of equal parts where there is an axis."""
+    return len(x) if axis_name is None else len(x) * jax.lax.axis_size(axis_name)
+
+
+def _whole(sums: Array, axis_name: str | None) -> Array:
+    """Sums over the whole batch from those over one part."""
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def _moments(x: Array, axis_name: str | None) -> tuple[Array, Array]:
     """Mean and biased variance over the batch, each (F,)."""
-    mean = column_sum(x) / len(x)
-    return mean, column_sum(jnp.square(x - mean)) / len(x)
+    rows = _rows(x, axis_name)
+    mean = _whole(column_sum(x), axis_name) / rows
+    return mean, _whole(column_sum(jnp.square(x - mean)), axis_name) / rows
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _standardize(
-    x: Array, scale: Array, bias: Array, eps: float, correction: float
+    x: Array, scale: Array, bias: Array, eps: float, correction: float, axis_name: str | None
 ) -> tuple[Array, Array, Array]:
     """(x - mean) / sqrt(correction * var + eps) * scale + bias, and the mean and biased variance.
 
@@ -247,13 +270,13 @@ def _standardize(
     batch, where differentiating the forward pass would take twice as long. The mean and the
     variance that come back are data and carry no gradient.
     """
-    return _standardize_forward(x, scale, bias, eps, correction)[0]
+    return _standardize_forward(x, scale, bias, eps, correction, axis_name)[0]
 
 
 def _standardize_forward(
-    x: Array, scale: Array, bias: Array, eps: float, correction: float
+    x: Array, scale: Array, bias: Array, eps: float, correction: float, axis_name: str | None
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array, Array]]:
-    mean, var = _moments(x)
+    mean, var = _moments(x, axis_name)
     inverse_std = jax.lax.rsqrt(correction * var + eps)
     y = _affine(x, mean, inverse_std * scale, bias)
     return (y, mean, var), (x, mean, inverse_std, scale)
@@ -262,6 +285,7 @@ def _standardize_forward(
 def _standardize_backward(
     eps: float,
     correction: float,
+    axis_name: str | None,
     saved: tuple[Array, Array, Array, Array],
     grads: tuple[Array, Array, Array],
 ) -> tuple[Array, Array, Array]:
@@ -269,19 +293,21 @@ def _standardize_backward(
     grad = grads[0]
     bias_grad = column_sum(grad)
     scale_grad = column_sum(grad * (x - mean)) * inverse_std
-    # Per feature: dx = scale / std * (g - mean(g) - correction * normalized * mean(g normalized)).
+    # Per feature: dx = scale / std * (g - mean(g) - correction * normalized * mean(g normalized)),
+    # with means over the whole batch.
+    rows = _rows(x, axis_name)
     slope = inverse_std * scale
-    through_var = slope * inverse_std * scale_grad * (correction / len(x))
-    x_grad = slope * grad - through_var * (x - mean) - slope * bias_grad / len(x)
+    through_var = slope * inverse_std * _whole(scale_grad, axis_name) * (correction / rows)
+    x_grad = slope * grad - through_var * (x - mean) - slope * _whole(bias_grad, axis_name) / rows
     return x_grad, scale_grad, bias_grad
 
 
 _standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
-def _correction(norm: Norm, rows: int) -> float:
+def _correction(norm: Norm, x: Array) -> float:
     """What turns the biased variance into the one that normalizes."""
-    return _bessel(norm.batch_variance, rows)
+    return _bessel(norm.batch_variance, _rows(x, norm.axis_name))
 
 
 def _bessel(variance: str, rows: int) -> float:
@@ -292,7 +318,7 @@ def _bessel(variance: str, rows: int) -> float:
 def _move(norm: Norm, stats: Stats, mean: Array, biased_var: Array, x: Array) -> Stats:
     """The running statistics after a batch ``x`` (B, F), carrying no gradient."""
     mean, biased_var, x = jax.lax.stop_gradient((mean, biased_var, x))
-    bessel = _bessel(norm.running_variance, len(x))
+    bessel = _bessel(norm.running_variance, _rows(x, norm.axis_name))
     count = stats["count"] + 1
     batch = Batch(mean, biased_var * bessel, x, count, bessel)
     update = ESTIMATORS[norm.estimator]

@@ -126,7 +126,8 @@ class Training:
             if isinstance(value, Plan):
                 return str(value)
             if is_dataclass(value):
-                return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+                kept = [f for f in fields(value) if f.metadata.get("record", True)]
+                return {f.name: plain(getattr(value, f.name)) for f in kept}
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items()}
             if isinstance(value, list | tuple):

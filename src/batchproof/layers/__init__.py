@@ -6,6 +6,7 @@ from batchproof.layers.convert import CONVENTIONS, from_state, to_state
 from batchproof.layers.estimators import ESTIMATORS
 from batchproof.layers.override import mode_layers, use_mode
 from batchproof.layers.registry import LAYERS, create_norm
+from batchproof.layers.sync import check_in_sync, convert_sync
 
 __all__ = [
     "CONVENTIONS",
@@ -15,6 +16,8 @@ __all__ = [
     "BatchNorm2d",
     "BatchRenorm1d",
     "BatchRenorm2d",
+    "check_in_sync",
+    "convert_sync",
     "create_norm",
     "from_state",
     "mode_layers",

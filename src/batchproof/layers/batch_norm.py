@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from batchproof.errors import BatchproofError
 from batchproof.layers.functional import ESTIMATORS, VARIANCES, as_mode, normalize, one_of
+from batchproof.layers.moments import check_group, copy_with_group
 from batchproof.modes import E, Mode, T
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _SHAPES = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)"}
 
@@ -16,6 +22,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """What `BatchNorm1d` and `BatchNorm2d` share; they differ in the ranks that they take."""
 
     ranks: tuple[int, ...]
+    process_group: ProcessGroup | str | None = None  # of layers pickled before there was one
 
     def __init__(
         self,
@@ -30,12 +37,15 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         batch_variance: str = "biased",
         running_variance: str = "unbiased",
         estimator: str = "ema",
+        process_group: ProcessGroup | str | None = None,
     ) -> None:
+        check_group(process_group, estimator)
         check_options(eps, momentum, batch_variance, running_variance, estimator)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.batch_variance = batch_variance
         self.running_variance = running_variance
         self.estimator = estimator
+        self.process_group = process_group
         self.mode: Mode | None = None
 
     def forward(self, x: Tensor, mode: Mode | str | None = None) -> Tensor:
@@ -57,13 +67,19 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             batch_variance=self.batch_variance,
             running_variance=self.running_variance,
             estimator=self.estimator,
+            process_group=self.process_group,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy in the same process group."""
+        return copy_with_group(self, memo)
 
     def extra_repr(self) -> str:
         """The options, as `print` shows them."""
+        group = "" if self.process_group is None else f", process_group={self.process_group}"
         return (
             f"{super().extra_repr()}, batch_variance={self.batch_variance}, "
-            f"running_variance={self.running_variance}, estimator={self.estimator}"
+            f"running_variance={self.running_variance}, estimator={self.estimator}{group}"
         )
 
 
@@ -93,10 +109,14 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
             normalizing.
         running_variance: the same choice for what the running variance averages.
         estimator: a name in `batchproof.layers.ESTIMATORS`; `batchproof.estimators` compares them.
+        process_group: processes whose batches count as one in the batch modes: ``"world"``, all
+            ranks of `torch.distributed` (this process alone before ``init_process_group``), or
+            what ``torch.distributed.new_group`` gave; None keeps each process to itself. Every
+            rank has to make the same calls in the same modes; one with an empty batch joins in.
 
     Raises:
         BatchproofError: a bad option; on calling, a wrong shape, mode ``J`` or ``M``, mode ``E``
-            without running statistics, an empty batch in a batch mode.
+            without running statistics, an empty batch (on every rank of a group) in a batch mode.
     """
 
     ranks = (2, 3)

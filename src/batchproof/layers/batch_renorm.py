@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from batchproof.layers.batch_norm import check_input, check_options, choose_mode
 from batchproof.layers.functional import Renorm, normalize
+from batchproof.layers.moments import check_group, copy_with_group
 from batchproof.modes import Mode
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _BatchRenorm(nn.Module):
@@ -18,6 +24,7 @@ class _BatchRenorm(nn.Module):
     """
 
     ranks: tuple[int, ...]
+    process_group: ProcessGroup | str | None = None  # of layers pickled before there was one
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -39,7 +46,9 @@ class _BatchRenorm(nn.Module):
         batch_variance: str = "biased",
         running_variance: str = "unbiased",
         estimator: str = "ema",
+        process_group: ProcessGroup | str | None = None,
     ) -> None:
+        check_group(process_group, estimator)
         check_options(eps, momentum, batch_variance, running_variance, estimator)
         super().__init__()
         self.num_features = num_features
@@ -49,6 +58,7 @@ class _BatchRenorm(nn.Module):
         self.batch_variance = batch_variance
         self.running_variance = running_variance
         self.estimator = estimator
+        self.process_group = process_group
         self.mode: Mode | None = None
         zeros = torch.zeros(num_features, device=device, dtype=dtype)
         ones = torch.ones_like(zeros)
@@ -76,7 +86,12 @@ class _BatchRenorm(nn.Module):
             running_variance=self.running_variance,
             renorm=self.renorm,
             estimator=self.estimator,
+            process_group=self.process_group,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy in the same process group."""
+        return copy_with_group(self, memo)
 
     def extra_repr(self) -> str:
         """The options, as `print` shows them."""
@@ -84,6 +99,8 @@ class _BatchRenorm(nn.Module):
         options["batch_variance"] = self.batch_variance
         options["running_variance"] = self.running_variance
         options["estimator"] = self.estimator
+        if self.process_group is not None:
+            options["process_group"] = self.process_group
         return ", ".join([str(self.num_features), *(f"{k}={v}" for k, v in options.items())])
 
 
@@ -122,10 +139,11 @@ class BatchRenorm1d(_BatchRenorm):
             normalizing.
         running_variance: the same choice for what the running variance averages.
         estimator: a name in `batchproof.layers.ESTIMATORS`; `batchproof.estimators` compares them.
+        process_group: as in `batchproof.layers.BatchNorm1d`.
 
     Raises:
         BatchproofError: a bad option; on calling, a wrong shape, mode ``J`` or ``M``, an empty
-            batch in a batch mode.
+            batch (on every rank of a group) in a batch mode.
     """
 
     ranks = (2, 3)

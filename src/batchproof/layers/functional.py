@@ -9,6 +9,7 @@ other axes of ``x`` (N, C, ...).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +17,18 @@ from torch import Tensor
 from batchproof.errors import BatchproofError
 from batchproof.estimators import Batch
 from batchproof.layers.estimators import ESTIMATORS
+from batchproof.layers.moments import (
+    all_but_features,
+    check_group,
+    group_of,
+    moments,
+    per_feature,
+    pooled_moments,
+)
 from batchproof.modes import Mode
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 VARIANCES = ("biased", "unbiased")
 FORMULAS = ("canonical", "folded")
@@ -87,6 +99,7 @@ def normalize(
     running_variance: str = "unbiased",
     renorm: Renorm | None = None,
     estimator: str = "ema",
+    process_group: ProcessGroup | str | None = None,
 ) -> Tensor:
     """Normalize ``x`` (N, C, ...) in the given mode and move the running statistics in place.
 
@@ -111,10 +124,12 @@ def normalize(
         running_variance: the same choice for what the running variance averages.
         renorm: Batch Renorm's options, or None for batch norm.
         estimator: a name in `ESTIMATORS`; it moves the running statistics.
+        process_group: whose ranks' rows make one batch together; `BatchNorm1d` explains it.
 
     Raises:
         BatchproofError: mode ``E``, or Batch Renorm, without running statistics; an empty batch in
-            a mode that uses its statistics.
+            a mode that uses its statistics; an estimator or a state of `torch.distributed` that the
+            group cannot work with.
     """
     if mode.bypass:
         return x
@@ -138,6 +153,7 @@ def normalize(
             running_variance,
             renorm,
             estimator,
+            process_group,
         )
     elif running_mean is None or running_var is None:
         raise BatchproofError(
@@ -166,31 +182,36 @@ def _by_batch(
     running_variance: str,
     renorm: Renorm | None,
     estimator: str,
+    process_group: ProcessGroup | str | None,
 ) -> Tensor:
     """`normalize` in the modes that use the batch's statistics, in float32 or better."""
     rows = x.numel() // x.shape[1]
-    if rows == 0:
+    group = group_of(process_group)
+    if group is None and rows == 0:
         raise BatchproofError(
             f"an empty batch has no statistics for mode {mode}: skip the call, or use mode 'E'"
         )
     bessel = _bessel(batch_variance, rows)
     batch = x.detach()
-    if renorm is None and mode.gradient:
+    if group is not None:
+        check_group(process_group, estimator)
+        mean, var, total = pooled_moments(x if mode.gradient else batch, group)
+        normal_var, corrections = _pooled(var, batch_variance, total), None
+        if renorm is not None:
+            running = (running_mean, running_var, count)
+            corrections = _r_and_d(renorm, mean.detach(), normal_var.detach(), *running, eps)
+        y = _by_moments(x, mean, normal_var, weight, bias, eps, renorm, corrections)
+        mean, var = mean.detach(), _pooled(var.detach(), running_variance, total)
+    elif renorm is None and mode.gradient:
         y, mean, inverse_std = _standardize(x, weight, bias, eps, bessel)
         var = (inverse_std.pow(-2) - _lowered(eps, bessel)).clamp_(min=0)
     else:
-        mean, var = _moments(batch)
+        mean, var = moments(batch)
         if renorm is None:
             y = _apply(x, mean, _scaled(var, bessel), weight, bias, eps)
         else:
-            if running_mean is None or running_var is None or count is None:
-                raise BatchproofError(
-                    "Batch Renorm in a batch mode needs running statistics and their count"
-                )
             normal_var = _scaled(var, bessel)
             r, d = _r_and_d(renorm, mean, normal_var, running_mean, running_var, count, eps)
-            if torch.compiler.is_compiling() and torch.is_grad_enabled():
-                r, d = _saved(r), _saved(d)
             form = _folded if renorm.formula == "folded" else _canonical
             y = form(x, mean, normal_var, r, d, weight, bias, eps, bessel, mode.gradient)
 
@@ -200,7 +221,7 @@ def _by_batch(
             count.add_(1)
             if momentum is None:
                 share = count.to(running_mean.dtype).reciprocal()
-        bessel = _bessel(running_variance, rows)
+        bessel = _bessel(running_variance, rows) if group is None else None
         var = _scaled(var, bessel)
         if running_mean.dtype != mean.dtype:
             mean, var = mean.to(running_mean.dtype), var.to(running_mean.dtype)
@@ -220,17 +241,13 @@ def _scaled(var: Tensor, factor: float | None) -> Tensor:
     return var if factor is None else torch.add(var, var, alpha=factor - 1)
 
 
+def _pooled(var: Tensor, variance: str, rows: Tensor) -> Tensor:
+    """The named variance from the biased one of `pooled_moments`, whose rows are a tensor."""
+    return var if variance == "biased" else var * (rows / (rows - 1).clamp(min=1))
+
+
 def _lowered(eps: float, bessel: float | None) -> float:
     return eps if bessel is None else eps / bessel
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each feature, (C,), for an ``x`` that carries no gradient."""
-    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-        # Batch norm's own kernel: on a CPU `var_mean` over rows takes some thirty times as long.
-        return torch.batch_norm_update_stats(x, None, None, 0.0)
-    var, mean = torch.var_mean(x, _all_but_features(x), correction=0)
-    return mean, var
 
 
 def _standardize(
@@ -259,12 +276,16 @@ def _r_and_d(
     renorm: Renorm,
     mean: Tensor,
     var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    count: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    count: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Batch Renorm's r and d, (C,), clipped as far as the warm-up after `count` passes allows."""
+    if running_mean is None or running_var is None or count is None:
+        raise BatchproofError(
+            "Batch Renorm in a batch mode needs running statistics and their count"
+        )
     if running_var.dtype != var.dtype:
         running_var = running_var.to(var.dtype)
     inverse_std = (running_var + eps).rsqrt_()
@@ -274,13 +295,16 @@ def _r_and_d(
         progress = count.to(var.dtype) / max(renorm.warmup_steps, 1)
         r_max = 1 + (renorm.r_max - 1) * ((progress - 1 / 8) / (7 / 8)).clamp(0, 1)
         d_max = renorm.d_max * ((progress - 1 / 8) / (4 / 8)).clamp(0, 1)
-        return torch.clamp(r, 1 / r_max, r_max), torch.clamp(d, -d_max, d_max)
-    r.clamp_(1 / renorm.r_max, renorm.r_max)
-    d.clamp_(-renorm.d_max, renorm.d_max)
-    if renorm.warmup_steps > 0:
-        # On the device, because reading the count would stop a GPU and break a compiled graph.
-        warm = count >= renorm.warmup_steps
-        return torch.where(warm, r, 1.0), torch.where(warm, d, 0.0)
+        r, d = torch.clamp(r, 1 / r_max, r_max), torch.clamp(d, -d_max, d_max)
+    else:
+        r.clamp_(1 / renorm.r_max, renorm.r_max)
+        d.clamp_(-renorm.d_max, renorm.d_max)
+        if renorm.warmup_steps > 0:
+            # On the device, because reading the count would stop a GPU and break a compiled graph.
+            warm = count >= renorm.warmup_steps
+            r, d = torch.where(warm, r, 1.0), torch.where(warm, d, 0.0)
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        r, d = _saved(r), _saved(d)
     return r, d
 
 
@@ -339,15 +363,39 @@ def _folded(
     """
     if not gradient:
         return _apply(x, mean - d * var.sqrt() / r, var / r.square(), weight, bias, eps)
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    u = (x - mean.view(shape)) / r.view(shape)
-    v = _scaled(u.square().mean(_all_but_features(x)), bessel)
+    u = (x - per_feature(mean, x)) / per_feature(r, x)
+    v = _scaled(u.square().mean(all_but_features(x)), bessel)
     # The square root has no gradient at 0, where a constant feature sits: it is taken as 0 there.
     share = v / (v + eps)
     positive = share > 0
     root = torch.where(positive, torch.where(positive, share, 1.0).sqrt(), 0.0)
     bias = _shifted(bias, weight, d * root)
     return _standardize(u, _times(weight, r), bias, eps, bessel)[0]
+
+
+def _by_moments(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    renorm: Renorm | None,
+    corrections: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Batch norm, or Batch Renorm in either form, by moments that may carry a gradient."""
+    if renorm is not None and corrections is not None:
+        r, d = corrections
+        if renorm.formula == "folded":
+            # As in `_folded`: no gradient through the root of 0.
+            positive = var > 0
+            std = torch.where(positive, torch.where(positive, var, 1.0).sqrt(), 0.0)
+            mean, var = mean - d * std / r, var / r.square()
+        else:
+            bias, weight = _shifted(bias, weight, d), _times(weight, r)
+    slope = _times(weight, (var + eps).rsqrt())
+    y = (x - per_feature(mean, x)) * per_feature(slope, x)
+    return y if bias is None else y + per_feature(bias, x)
 
 
 def _times(weight: Tensor | None, factor: Tensor) -> Tensor:
@@ -358,7 +406,3 @@ def _shifted(bias: Tensor | None, weight: Tensor | None, shift: Tensor) -> Tenso
     if bias is None:
         return _times(weight, shift)
     return bias + shift if weight is None else torch.addcmul(bias, weight, shift)
-
-
-def _all_but_features(x: Tensor) -> list[int]:
-    return [0, *range(2, x.dim())]

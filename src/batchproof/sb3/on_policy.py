@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from batchproof.errors import BatchproofError
 from batchproof.layers import mode_layers, use_mode
 from batchproof.layers.batch_renorm import _BatchRenorm
-from batchproof.layers.functional import _moments
+from batchproof.layers.moments import moments
 
 HOW = ("library", "train", "eval-after", "frozen", "renorm", "mdr")
 """The ways to use the modes of normalization on-policy."""
@@ -219,7 +219,7 @@ def refresh(policy: Any, obs: Any) -> None:
     """
 
     def write(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        mean, var = _moments(inputs[0].detach())
+        mean, var = moments(inputs[0].detach())
         for mean_name, var_name in _RUNNING:
             if getattr(layer, mean_name, None) is not None:
                 getattr(layer, mean_name).copy_(mean)
