@@ -246,6 +246,18 @@ def test_finished_cells_are_read_back_and_others_refused(trained, monkeypatch):
         pixels.run_cells([replace(cell, steps=128)], out, progress=False)
 
 
+def test_a_damaged_cell_is_told_in_one_line(tmp_path):
+    folder = tmp_path / "cells/c"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(BatchproofError, match="not a run record"):
+        pixels.run_cells([tiny("c")], tmp_path, progress=False)
+    records.write_json(folder / "run.json", {"cell": asdict(tiny("c"))})
+    (folder / "metrics.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(BatchproofError, match="not a readable Parquet file"):
+        pixels.run_cells([tiny("c")], tmp_path, progress=False)
+
+
 def test_a_failed_training_is_told_in_one_line(tmp_path, monkeypatch):
     # The cell's own process stops at a file that is not its cell.
     monkeypatch.setattr(pixels, "asdict", lambda _: {"norm": "bats"})

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 ENTRY_POINTS = {
     "batchproof/ConstantReward-v0": "batchproof.envs.constant_reward:ConstantRewardEnv",
     "batchproof/LinearOutliers-v0": "batchproof.envs.linear_outliers:LinearOutliersEnv",
+    "batchproof/PendulumSwingup-v0": "batchproof.envs.pendulum_swingup:PendulumSwingupEnv",
+    "batchproof/PointMass-v0": "batchproof.envs.point_mass:PointMassEnv",
 }
 
 

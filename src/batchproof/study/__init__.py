@@ -39,4 +39,24 @@ STUDIES = {
         "a feature request: PPO on Breakout learns faster with batch norm in NatureCNN",
         "batchproof.study.claims.naturecnn_breakout",
     ),
+    "kappa-predicts": Study(
+        "an open question: does a critic that is blind to common shifts mean failure on any task?",
+        "batchproof.study.claims.kappa_predicts",
+    ),
+    "best-plan": Study(
+        "an open question: is there a mode plan better than those of CrossQ and MA-BN?",
+        "batchproof.study.claims.best_plan",
+    ),
+    "crossq-joint": Study(
+        "a pull request asks: why does CrossQ need one joint forward pass?",
+        "batchproof.study.claims.crossq_joint",
+    ),
+    "pendulum-swingup": Study(
+        "an open question: which part of XQC keeps it from swinging a pendulum up?",
+        "batchproof.study.claims.pendulum_swingup",
+    ),
+    "hopper-decay": Study(
+        "an open question: why does CrossQ get worse on Hopper, and which switch cures it?",
+        "batchproof.study.claims.hopper_decay",
+    ),
 }

@@ -136,10 +136,7 @@ def run_cells(
 
 def read_cell(folder: Path) -> Result:
     """A finished cell."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(folder / "metrics.parquet")
-    metrics = {name: table[name].to_numpy() for name in table.column_names}
+    metrics = records.read_columns(folder / "metrics.parquet")
     return Result(metrics, records.read_json(folder / "run.json"))
 
 
@@ -147,8 +144,11 @@ def _is_finished(cell: Cell, folder: Path) -> bool:
     path = folder / "run.json"
     if not path.is_file():
         return False
+    run = records.read_json(path)
+    if not isinstance(run, dict) or "cell" not in run:
+        raise BatchproofError(f"{path}: not a run record; delete it or choose another --out")
     # Numbers as JSON has them, so that equal settings are equal.
-    if records.read_json(path)["cell"] != records.to_json(asdict(cell)):
+    if run["cell"] != records.to_json(asdict(cell)):
         raise BatchproofError(
             f"{folder} holds a run with other settings: choose another --out, or delete that folder"
         )

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from batchproof.records import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -384,13 +386,17 @@ def _save(figure: Figure, path: str | Path, dpi: int) -> None:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix != ".png":
-        figure.savefig(path, facecolor="white")
-        return
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=dpi, facecolor="white")
-    # 256 colours are plenty for a chart and make the file a third as large.
-    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
+    if path.suffix == ".png":
+        figure.savefig(drawn, dpi=dpi, facecolor="white")
+        # 256 colours are plenty for a chart and make the file a third as large.
+        small = Image.open(drawn).convert("RGB").quantize(256)
+        drawn = io.BytesIO()
+        small.save(drawn, "png", optimize=True)
+    else:
+        figure.savefig(drawn, format=path.suffix[1:], facecolor="white")
+    with replacing(path) as file:
+        file.write(drawn.getvalue())
 
 
 def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:

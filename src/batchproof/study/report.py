@@ -17,6 +17,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from batchproof.records import replacing
+
 VERDICTS = ("supported", "refuted", "inconclusive")
 
 _MARKS = {"supported": "✓", "refuted": "✗", "inconclusive": "?"}
@@ -73,13 +75,15 @@ def write_report(
 
     Raises:
         ValueError: `study` lacks a key, or a verdict is none of `VERDICTS`.
-        OSError: an image cannot be read or the report not written.
+        OSError: an image cannot be read.
+        BatchproofError: the report cannot be written.
     """
     _check(study)
     page = _page(study, figures, explanation_html, title or str(study["study"]), language)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", newline="\n")
+    with replacing(path) as file:
+        file.write(page.encode())
     return path
 
 
