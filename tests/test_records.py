@@ -7,9 +7,12 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchproof import records
@@ -30,6 +33,7 @@ def test_values_that_json_lacks_become_null_at_any_depth(tmp_path: Path) -> None
     records.write_json(tmp_path / "x.json", value)
     # A reader that takes nothing but strict JSON.
     read = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert len(read.pop("checksum")) == 64
     assert read == {
         "nan": None,
         "deep": [{"inf": [None, None, 1.5]}],
@@ -55,6 +59,93 @@ def test_a_damaged_file_is_one_line_with_its_name(text: str, tmp_path: Path) -> 
         records.read_json(path)
     assert str(caught.value).startswith(f"{path}: not a readable JSON file")
     assert "\n" not in str(caught.value)
+
+
+def changed(data: bytes, every: int = 1) -> Iterator[bytes]:
+    """The same bytes cut at each length, and with a bit of each byte flipped."""
+    for i in range(0, len(data), every):
+        yield data[:i]
+        yield data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]
+
+
+def test_json_that_was_changed_is_refused_or_reads_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    value = {"step": 30, "deep": [{"returns": [1.5, None, -2e-7]}], "name": "td3 µ", "on": True}
+    records.write_json(path, value)
+    data, said = path.read_bytes(), []
+    for damaged in changed(data, every=3):
+        path.write_bytes(damaged)
+        try:
+            read = records.read_json(path)
+        except BatchproofError as error:
+            said.append(str(error))
+            continue
+        # The end of the file, a space, or a letter of the word "checksum".
+        assert {name: read[name] for name in value} == value
+    assert len(said) > 0.9 * 2 * len(data) / 3
+    assert all(line.startswith(f"{path}: not a readable JSON file") for line in said)
+    assert not any("\n" in line for line in said)
+
+    path.write_bytes(data.replace(b"30", b"40"))
+    with pytest.raises(BatchproofError, match="its checksum differs"):
+        records.read_json(path)
+    path.write_bytes(b'{"step": 40}')  # as earlier versions wrote it
+    assert records.read_json(path) == {"step": 40}
+    records.write_json(path, value | {"checksum": "of another file"})
+    assert records.read_json(path) == value
+
+
+COLUMNS = {
+    "seed": np.array([0, 1, 0, 1]),
+    "return": np.array([1.5, np.nan, -3.0, 2.25]),
+    "diverged": np.array([False, True, False, False]),
+    "algo": np.array(["td3", "td3", "sac", "sac"]),
+}
+
+
+def test_columns_come_back_bit_for_bit(tmp_path: Path) -> None:
+    # What looks like a partition of a data set is no column.
+    path = tmp_path / "lr=0.1" / "metrics.parquet"
+    path.parent.mkdir()
+    records.write_columns(path, COLUMNS)
+    read = records.read_columns(path)
+    assert list(read) == list(COLUMNS)
+    for name in ("seed", "return", "diverged"):
+        assert read[name].dtype == COLUMNS[name].dtype
+        assert read[name].tobytes() == COLUMNS[name].tobytes()
+    assert read["algo"].tolist() == COLUMNS["algo"].tolist()
+    records.write_columns(path, {})
+    assert records.read_columns(path) == {}
+    with pytest.raises(BatchproofError, match="no such file"):
+        records.read_columns(tmp_path / "metrics.parquet")
+
+
+def test_columns_that_were_changed_are_refused_or_read_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.parquet"
+    records.write_columns(path, COLUMNS)
+    data, said = path.read_bytes(), []
+    whole = repr(records.read_columns(path))
+    for damaged in changed(data, every=13):
+        path.write_bytes(damaged)
+        try:
+            read = records.read_columns(path)
+        except BatchproofError as error:
+            said.append(str(error))
+            continue
+        assert repr(read) == whole
+    assert len(said) > len(data) / 13  # all that are cut, and more
+    assert all(line.startswith(f"{path}: not a readable Parquet file") for line in said)
+    assert not any("\n" in line for line in said)
+    path.write_bytes(data)
+
+    changed_return = COLUMNS | {"return": np.array([1.5, np.nan, -3.0, 2.5])}
+    table = pq.read_table(path)
+    other = pa.table(changed_return).replace_schema_metadata(table.schema.metadata)
+    pq.write_table(other, path)
+    with pytest.raises(BatchproofError, match="its checksum differs"):
+        records.read_columns(path)
+    pq.write_table(pa.table(changed_return), path)  # as earlier versions wrote it
+    assert records.read_columns(path)["return"][-1] == 2.5
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

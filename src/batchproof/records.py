@@ -1,7 +1,9 @@
-"""What runs leave behind: strict JSON, written so that a kill never leaves half a file.
+"""What runs leave behind: strict JSON and Parquet, so written that a kill never leaves half a file.
 
 Strict means that NaN and infinity are refused on the way in and written as null on the way out:
-any JSON reader can take the files.
+any JSON reader can take the files. Both kinds carry a checksum of their content, so that a file
+that was damaged is refused and not taken for another result; files without one, which earlier
+versions wrote, are read as they are.
 """
 
 from __future__ import annotations
@@ -14,12 +16,18 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from batchproof.errors import BatchproofError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CHECKSUM = "checksum"
+"""Where a file keeps the checksum of its content: a key of JSON, or of Parquet's own metadata."""
 
 
 def to_json(value: Any) -> Any:
@@ -38,33 +46,48 @@ def to_json(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON in one move: readers see the old file or the new one."""
-    text = json.dumps(to_json(value), indent=1, allow_nan=False) + "\n"
+    """Write strict JSON in one move: readers see the old file or the new one.
+
+    A dictionary gets one more key, the `CHECKSUM` of the others.
+    """
+    value = to_json(value)
+    if isinstance(value, dict):
+        value = {name: item for name, item in value.items() if name != CHECKSUM}
+        value[CHECKSUM] = _checksum_of_json(value)
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def read_json(path: Path) -> Any:
-    """Read strict JSON.
+    """Read strict JSON, without its checksum.
 
     Raises:
-        BatchproofError: missing, not JSON, or with NaN or infinity in it.
+        BatchproofError: missing, not JSON, with NaN or infinity in it, or not what was written.
     """
 
     def refuse(token: str) -> Any:
         raise ValueError(f"{token} is not JSON")
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        held = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
+        if held is not None and held != _checksum_of_json(value):
+            raise ValueError("its checksum differs")
     except FileNotFoundError:
         raise BatchproofError(f"{path}: no such file") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BatchproofError(
-            f"{path}: not a readable JSON file ({error}); it was cut short or edited: "
-            "delete the folder to start over"
+            f"{path}: not a readable JSON file ({error}); it was cut short, damaged or edited: "
+            "delete it and run the same command again"
         ) from None
     except OSError as error:
         raise BatchproofError(f"{path}: {error.strerror}") from None
+    return value
+
+
+def _checksum_of_json(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -78,7 +101,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system even where there is no such file
+            temporary.unlink(missing_ok=True)
         raise BatchproofError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -125,12 +149,51 @@ def file_digest(path: Path) -> str:
 
 
 def write_columns(path: Path, columns: dict[str, Any]) -> None:
-    """Write columns of equal length as Parquet, in one move."""
+    """Write columns of equal length as Parquet, in one move, with their `CHECKSUM`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    table = pa.table(columns)
+    table = table.replace_schema_metadata({CHECKSUM: _checksum_of_columns(_arrays(table))})
     with replacing(path) as file:
-        pq.write_table(pa.table(columns), file, compression="zstd")
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_columns(path: Path) -> dict[str, NDArray[Any]]:
+    """Read a Parquet file's columns.
+
+    Raises:
+        BatchproofError: missing, not Parquet, or not what was written.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        # A file object: a path is taken as a data set, and a folder NAME=VALUE as a column of it.
+        with open(path, "rb") as file:
+            table = pq.read_table(file)
+        columns = _arrays(table)
+        held = (table.schema.metadata or {}).get(CHECKSUM.encode())
+        if held is not None and held != _checksum_of_columns(columns).encode():
+            raise ValueError("its checksum differs")
+    except FileNotFoundError:
+        raise BatchproofError(f"{path}: no such file") from None
+    except Exception as error:  # damaged bytes make the reader raise almost anything
+        line = " ".join(str(error).split())
+        raise BatchproofError(f"{path}: not a readable Parquet file ({line})") from None
+    return columns
+
+
+def _arrays(table: Any) -> dict[str, NDArray[Any]]:
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _checksum_of_columns(columns: dict[str, NDArray[Any]]) -> str:
+    found = hashlib.sha256()
+    for name, values in columns.items():
+        text = values.dtype == object
+        found.update(f"{name} {values.dtype} {values.shape}\n".encode())
+        found.update(repr(values.tolist()).encode() if text else values.tobytes())
+    return found.hexdigest()
 
 
 def versions(*packages: str) -> dict[str, str]:

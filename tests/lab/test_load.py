@@ -105,8 +105,8 @@ def test_what_does_not_fit_is_said_in_one_line(run, folder, tmp_path):
         load.collect(run, 2, 5, "MountainCarContinuous-v0")
     with pytest.raises(BatchproofError, match="name the folder of a `batchproof train` run"):
         load.load_run(tmp_path)
-    record = json.loads((folder / "run.json").read_text())
+    record = records.read_json(folder / "run.json")
     record["training"]["config"]["made_up"] = 1
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    records.write_json(tmp_path / "run.json", record)
     with pytest.raises(BatchproofError, match=r"another version of batchproof \(made_up\)"):
         load.load_run(tmp_path)

@@ -39,9 +39,11 @@ def save_checkpoint(folder: Path, step: int, tree: Any, extra: dict[str, Any]) -
     digest = file_digest(folder / name)
     state = {"format": FORMAT, "step": step, "arrays": name, "sha256": digest, "extra": extra}
     write_json(folder / "state.json", state)
-    for old in folder.glob("step-*.safetensors"):
-        if old.name != name:
-            old.unlink()
+    # Those of earlier steps, and what a kill in the middle of one left.
+    for pattern in ("step-*.safetensors", ".step-*.partial"):
+        for old in folder.glob(pattern):
+            if old.name != name:
+                old.unlink()
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from batchproof import records
@@ -118,13 +116,9 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
         BatchproofError: missing or damaged.
     """
     try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise BatchproofError(f"{path}: no such file") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        line = " ".join(str(error).split())
-        raise BatchproofError(f"{path}: not a readable Parquet file ({line})") from None
-    return {name: table[name].to_numpy() for name in table.column_names}
+        return records.read_columns(path)
+    except BatchproofError as error:
+        raise BatchproofError(f"{error}: delete {path.parent} to start over") from None
 
 
 class _Run:

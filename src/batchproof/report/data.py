@@ -188,22 +188,12 @@ def _study_row(conditions: Sequence[Any], key: Sequence[Any]) -> Mapping[str, An
 
 
 def _columns(folder: Path) -> dict[str, NDArray[Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = folder / "metrics.parquet"
-    try:
-        # A file object: a path would be taken as a data set, with folder names as columns.
-        with open(path, "rb") as file:
-            table = pq.read_table(file)
-    except FileNotFoundError:
+    if not path.exists():
         raise BatchproofError(
             f"{path}: no such file; the run has no evaluation yet, or its folder was moved in part"
-        ) from None
-    except (pa.ArrowInvalid, OSError) as error:
-        line = " ".join(str(error).split())
-        raise BatchproofError(f"{path}: not a readable Parquet file ({line})") from None
-    columns = {name: table[name].to_numpy() for name in table.column_names}
+        )
+    columns = records.read_columns(path)
     missing = [name for name in ("seed", "step") if name not in columns]
     if not any(name in columns for name in RETURNS):
         missing.append("return")
