@@ -16,10 +16,12 @@ import torch
 from gymnasium import spaces
 from sb3_contrib import QRDQN, TQC, CrossQ
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from batchproof.clinic.subject import Subject, fingerprint
 from batchproof.errors import BatchproofError
+from batchproof.sb3 import NatureCNN
 from batchproof.sb3.adapter import subject_from_model
 from batchproof.sb3.loading import _bounds, _dict, load_subject
 from batchproof.sb3.modes import get_modes, set_modes
@@ -243,6 +245,20 @@ def test_custom_parts_need_trust(tmp_path, monkeypatch):
     refused(tmp_path / "m.zip", match=r"OwnExtractor.*--trust")
     monkeypatch.setitem(sys.modules, OwnExtractor.__module__, sys.modules[__name__])
     assert isinstance(load_subject(tmp_path / "m.zip", obs=OBS, trust=True), Subject)
+
+
+def test_our_own_extractor_needs_none(tmp_path):
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1)
+    kwargs = {"features_extractor_class": NatureCNN, "features_extractor_kwargs": {"norm": "batch"}}
+    model = make(PPO, env, "CnnPolicy", policy_kwargs=kwargs)
+    model.save(tmp_path / "m.zip")
+    obs = np.random.default_rng(0).integers(256, size=(4, 1, 40, 40), dtype=np.uint8)
+    before = subject_from_model(model, obs=obs)
+    after = load_subject(tmp_path / "m.zip", obs=obs)
+    assert torch.equal(before.act(before.obs), after.act(after.obs))
+    assert any(
+        "BatchNorm" in type(m).__name__ for n in after.networks.values() for m in n.modules()
+    )
 
 
 def test_unsafe_archives(saved, tmp_path):

@@ -93,7 +93,10 @@ _POLICIES = {
 
 _ACTIVATIONS = ("ELU", "GELU", "LeakyReLU", "Mish", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid",
                 "Softplus", "Softsign", "Tanh")  # fmt: skip
-_EXTRACTORS = ("CombinedExtractor", "FlattenExtractor", "NatureCNN")
+_EXTRACTORS = {
+    f"{_SB3}.common.torch_layers": ("CombinedExtractor", "FlattenExtractor", "NatureCNN"),
+    "batchproof.sb3.nature_cnn": ("CombinedExtractor", "NatureCNN"),
+}
 _OPTIMIZERS = ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 
 _KWARG_KINDS: dict[str, str] = {
@@ -479,7 +482,7 @@ def _known_class(path: Path, key: str, kind: str, text: Any) -> Any:
     module, name = named.groups() if named else ("", "")
     if kind == "activation" and module == "torch.nn.modules.activation" and name in _ACTIVATIONS:
         return getattr(torch.nn, name)
-    if kind == "extractor" and module == f"{_SB3}.common.torch_layers" and name in _EXTRACTORS:
+    if kind == "extractor" and name in _EXTRACTORS.get(module, ()):
         return _import(path, module, name)
     if kind == "optimizer" and module == f"torch.optim.{name.lower()}" and name in _OPTIMIZERS:
         return getattr(torch.optim, name)

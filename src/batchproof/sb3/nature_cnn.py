@@ -148,11 +148,17 @@ class CombinedExtractor(library.CombinedExtractor):
         self._features_dim = total
 
 
-def _warn_if_slow(autocast: str) -> None:
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16; True where PyTorch cannot say."""
     # PyTorch 2.4 to 2.7 cannot say what a CPU has.
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = not has or has["architecture"] != "x86_64" or has["avx512_bf16"] or has["amx_bf16"]
-    if not (fast or torch.cuda.is_available()):
+    if not has or has["architecture"] != "x86_64":
+        return True
+    return bool(has["avx512_bf16"] or has["amx_bf16"])
+
+
+def _warn_if_slow(autocast: str) -> None:
+    if not (has_bfloat16() or torch.cuda.is_available()):
         warnings.warn(
             f"autocast={autocast!r} is many times slower than float32 on this CPU, which has no "
             "instructions for it: leave it out here",
