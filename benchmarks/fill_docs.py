@@ -106,10 +106,15 @@ def _report() -> str:
     return (RESULTS / "benchmarks" / "report.md").read_text(encoding="utf-8").strip()
 
 
+def _text(name: str) -> str:
+    path = RESULTS / "benchmarks" / f"{name}.md"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "Not measured yet."
+
+
 def _gemm(record: dict[str, Any]) -> str:
     rates = [
         sample["gemm_gflops"]
-        for samples in record["samples"].values()
+        for samples in record.get("samples", {}).values()
         for sample in samples
         if "gemm_gflops" in sample
     ]
@@ -278,13 +283,193 @@ def maddpg_conditions() -> str:
     return "\n".join(lines)
 
 
+def _predicted_verdicts(name: str) -> str:
+    """Verdicts of a study whose claims say what was expected of them."""
+    study = _load(RESULTS / name / "study.json")
+    if study is None:
+        return "Not measured yet."
+    lines = ["| claim | | predicted | verdict | measured |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {c['id']} | {c['statement']} | {c['prediction']}{' (missed)' if c['missed'] else ''} "
+        f"| **{c['verdict']}** | {c['why']} |"
+        for c in study["claims"]
+    ]
+    return "\n".join(lines) + (
+        f"\n\n`{study['command']}`, {study['seeds']} seeds, {study['wall_s'] / 60:.0f} minutes on "
+        f"{study['machine']['cores']} cores ({study['machine']['processor']})."
+    )
+
+
+def kappa_conditions() -> str:
+    study = _load(RESULTS / "kappa-predicts" / "study.json")
+    if study is None:
+        return "Not measured yet."
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for c in study["conditions"]:
+        rows.setdefault((c["task"], c["label"]), {})[c["algo"]] = c
+
+    def cells(c: dict[str, Any]) -> str:
+        scores = c["scores"]
+        kappa = "-" if c["kappa"] is None else f"{c['kappa']:.1g}"
+        spread = f"{statistics.fmean(scores):.2f} [{min(scores):.2f}, {max(scores):.2f}]"
+        return f"{kappa} | {spread} | {c['failed']} of {len(scores)}"
+
+    lines = [
+        "| task: condition | plan | predicted | TD3 kappa | score | failed "
+        "| SAC kappa | score | failed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (_, label), found in rows.items():
+        td3, sac = found["td3"], found["sac"]
+        plan = f"`{td3['modes']}`" if td3["modes"] else "-"
+        lines.append(f"| {label} | {plan} | {td3['prediction']} | {cells(td3)} | {cells(sac)} |")
+    return "\n".join(lines)
+
+
+def best_plan_final() -> str:
+    study = _load(RESULTS / "best-plan" / "study.json")
+    if study is None:
+        return "Not measured yet."
+    tasks = list(study["tasks"])
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for c in study["conditions"]:
+        if c["stage"] == "final":
+            rows.setdefault((c["algo"], c["modes"] or "no norm"), {})[c["task"]] = c
+    lines = [
+        "| agent | plan | " + " | ".join(study["tasks"][task]["env"] for task in tasks) + " |",
+        "|---|---|" + "---|" * len(tasks),
+    ]
+    for (algo, plan), found in rows.items():
+        cells = (
+            f"{statistics.fmean(found[task]['scores']):.2f} "
+            f"[{min(found[task]['scores']):.2f}, {max(found[task]['scores']):.2f}]"
+            for task in tasks
+        )
+        lines.append(f"| {algo.upper()} | `{plan}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def best_plan_factors() -> str:
+    study = _load(RESULTS / "best-plan" / "study.json")
+    if study is None or not study["factors"]:
+        return "Not measured yet."
+    tasks = list(study["factors"][0]["by_task"])
+    lines = [
+        "| slots | modes | mean score | "
+        + " | ".join(study["tasks"][task]["env"] for task in tasks)
+        + " |",
+        "|---|---|---|" + "---|" * len(tasks),
+    ]
+    lines += [
+        f"| {row['slots']} | `{row['modes']}` | {row['mean']:.2f} | "
+        + " | ".join(f"{row['by_task'][task]:.2f}" for task in tasks)
+        + " |"
+        for row in study["factors"]
+    ]
+    return "\n".join(lines)
+
+
+def _study_verdicts(name: str) -> str:
+    study = _load(RESULTS / name / "study.json")
+    if study is None:
+        return "Not measured yet."
+    lines = ["| claim | | verdict | measured |", "|---|---|---|---|"]
+    lines += [
+        f"| {c['id']} | {c['statement']} | **{c['verdict']}** | {c['why']} |"
+        for c in study["claims"]
+    ]
+    return "\n".join(lines) + (
+        f"\n\n{study['seeds']} seeds, `{study['command']}`, {study['wall_s'] / 60:.0f} minutes on "
+        f"{study['machine']['cores']} cores ({study['machine']['processor']}), shared with other "
+        "work. Brackets are 95 % intervals over seeds."
+    )
+
+
+def _spread(values: list[float | None], digits: int = 0) -> str:
+    known = [value for value in values if value is not None]
+    low, high = min(known), max(known)
+    return f"{statistics.fmean(known):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def joint_conditions() -> str:
+    study = _load(RESULTS / "crossq-joint" / "study.json")
+    if study is None:
+        return "Not measured yet."
+    lines = [
+        "| condition | plan | score [lowest, highest] | predicted | gap | true gap "
+        "| error of the gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def gaps(condition: dict[str, Any], name: str) -> str:
+        return _spread(condition["bias"][name], 1) if condition["bias"] else "-"
+
+    for c in study["conditions"]:
+        error = _spread(c["gap_error"], 2) if c["gap_error"] else "-"
+        lines.append(
+            f"| {c['label']} | `{c['modes'] or '-'}` | {_spread(c['returns'])} "
+            f"| {c['prediction'] or '-'}{' (missed)' if c['missed'] else ''} "
+            f"| {gaps(c, 'gap')} | {gaps(c, 'gap_reference')} | {error} |"
+        )
+    return "\n".join(lines)
+
+
+def swingup_conditions() -> str:
+    study = _load(RESULTS / "pendulum-swingup" / "study.json")
+    if study is None:
+        return "Not measured yet."
+    lines = [
+        f"{study['steps']} steps of each seed.",
+        "",
+        "| condition | agent | score [lowest, highest] | predicted | solved | wall time |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {c['label']} | {c['algo']} | {_spread(c['returns'])} "
+        f"| {c['prediction']}{' (missed)' if c['missed'] else ''} "
+        f"| {c['solved']} of {len(c['returns'])} | {c['wall_s'] / 60:.1f} min |"
+        for c in study["conditions"]
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
+    "crossq-joint.md": {
+        "verdicts": lambda: _study_verdicts("crossq-joint"),
+        "conditions": joint_conditions,
+    },
+    "pendulum-swingup.md": {
+        "verdicts": lambda: _study_verdicts("pendulum-swingup"),
+        "conditions": swingup_conditions,
+    },
+    "kappa-predicts.md": {
+        "verdicts": lambda: _predicted_verdicts("kappa-predicts"),
+        "conditions": kappa_conditions,
+    },
+    "best-plan.md": {
+        "verdicts": lambda: _predicted_verdicts("best-plan"),
+        "final": best_plan_final,
+        "factors": best_plan_factors,
+    },
     "maddpg-batchnorm.md": {"verdicts": maddpg_verdicts, "conditions": maddpg_conditions},
     "planted-defects.md": {"planted": planted, "healthy": healthy},
     "constant-reward.md": {"verdicts": verdicts, "conditions": conditions, "sb3": sb3},
     "naturecnn-breakout.md": {"verdicts": breakout_verdicts, "conditions": breakout_conditions},
     "reinforce.md": {"reinforce": lambda: _benchmark("reinforce")},
     "on-policy.md": {"cures": breakout_cures},
+    "maddpg.md": {
+        "maddpg-speed": lambda: _benchmark("maddpg"),
+        "maddpg-returns": lambda: _benchmark("maddpg_learning"),
+    },
+    "nature-cnn.md": {"nature_cnn": lambda: _benchmark("nature_cnn")},
+    "atari.md": {"atari": lambda: _benchmark("atari")},
+    "crossq.md": {"crossq": lambda: _benchmark("crossq")},
+    "growth.md": {"growth": lambda: _benchmark("growth")},
+    "gpu.md": {"gpu": lambda: _benchmark("gpu_on_cpu")},
+    "reliability.md": {
+        "kills": lambda: _text("reliability_kills"),
+        "faults": lambda: _text("reliability_faults"),
+    },
     "benchmarks.md": {
         "constant_reward": lambda: "\n\n".join(
             _benchmark(f"constant_reward_{width}") for width in (64, 256)

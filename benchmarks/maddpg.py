@@ -120,7 +120,11 @@ def xuance_learn(task: str, steps: int, seed: int) -> dict[str, float]:
     rng = np.random.default_rng(seed)
 
     def act(obs: Any) -> Any:
-        return agent.action([obs], test_mode=True)["actions"][0]
+        # Its own get_actions is for one number an agent; this is what that calls.
+        seen, ids, _ = agent._build_inputs([obs], None)
+        with torch.no_grad():
+            actions = agent.policy(observation=seen, agent_ids=ids)[1]
+        return {name: actions[name].reshape(-1).numpy() for name in names}
 
     def explore(obs: Any, step: int) -> Any:
         if step < STARTS:

@@ -1,8 +1,12 @@
-"""The tables in docs/ list what the registries hold, and the commands in the docs parse."""
+"""The pages in docs/ list what the registries hold, and the commands in the docs parse.
+
+tests/test_docs_commands.py runs them.
+"""
 
 import importlib.util
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,56 @@ def test_table_lists_its_registry(page: str, header: str, registry: list[str]) -
     assert first_columns(page, header) == registry
 
 
+def anchors(page: str) -> list[str]:
+    """Anchors of a page's headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"```.*?```", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", text, re.M)
+    return [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+
+
+# An agent, a study and a rule have a page each. The six norms are sections of one page: they are
+# short, and a reader compares them.
+@pytest.mark.parametrize("name", [*AGENTS, *STUDIES])
+def test_each_agent_and_study_has_its_page(name: str) -> None:
+    assert (DOCS / f"{name}.md").is_file()
+    overview = "agents.md" if name in AGENTS else "studies.md"
+    assert f"[`{name}`]({name}.md)" in (DOCS / overview).read_text(encoding="utf-8")
+
+
+def test_each_norm_has_its_section() -> None:
+    assert [anchor for anchor in anchors("layers.md") if anchor in KINDS] == list(KINDS)
+    text = (DOCS / "layers.md").read_text(encoding="utf-8")
+    for section in re.split(r"^## ", text, flags=re.M)[2:7]:
+        assert all(word in section for word in ("**When:**", "**Options:**", "**Tested**"))
+
+
+def test_files_that_pages_name_exist() -> None:
+    """A test or a source file that a page names is there, and so is an anchor that it links."""
+    for page in [*DOCS.glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"`((?:tests|src|benchmarks)/[\w/]+\.(?:py|md))`", text)
+        assert [name for name in named if not (ROOT / name).exists()] == [], page.name
+        for target, anchor in re.findall(r"\]\(([\w-]*\.md)?#([\w-]+)\)", text):
+            assert anchor in anchors(target or page.name), (page.name, target, anchor)
+
+
+@pytest.mark.parametrize("name", ["td3", "sac"])
+def test_settings_pages_give_the_defaults(name: str) -> None:
+    config = AGENTS[name].Config()
+    text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|$", text, re.M))
+    settings = {field.name for field in fields(config)} - {"actor", "critic", "plan"}
+    assert rows == {setting: str(getattr(config, setting)) for setting in settings}
+
+
+def test_pictures_of_slots_and_modes_are_what_their_script_draws() -> None:
+    script = script_of("draw_slots")
+    for name, draw in script.PICTURES.items():
+        assert (DOCS / "images" / name).read_text(encoding="utf-8") == draw(), (
+            "run: python benchmarks/draw_slots.py"
+        )
+
+
 def test_presets_page_gives_the_plans() -> None:
     text = (DOCS / "modes.md").read_text(encoding="utf-8")
     for name, plan in PRESETS.items():
@@ -77,12 +131,17 @@ def test_shown_command_parses(command: str) -> None:
     cli._parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
-def fill_docs():
-    """The script that fills the documentation's tables, as a module."""
-    spec = importlib.util.spec_from_file_location("fill_docs", ROOT / "benchmarks" / "fill_docs.py")
+def script_of(name: str):
+    """A script in benchmarks/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def fill_docs():
+    """The script that fills the documentation's tables."""
+    return script_of("fill_docs")
 
 
 @pytest.mark.parametrize("page", fill_docs().TABLES)
