@@ -71,8 +71,8 @@ class Case:
         what: the kind of damage.
         outcome: ``refused`` (exit code 2, one line, no file changed), ``continued`` (no file lost:
             the run could go on afterwards and ended like one that was never stopped), ``no effect``
-            (the same result as without the fault), ``marked`` (a cell of a comparison failed with
-            one line, all others finished), ``skipped``, or ``FAILED``.
+            (the same result as without the fault), ``marked`` (exit code 2 and one line for a
+            cell of a comparison, all others finished), ``skipped``, or ``FAILED``.
         line: what was said on standard error, or why it failed.
     """
 
@@ -713,7 +713,8 @@ def damaged_files(place: Place, wholes: dict[str, Whole], every: int, bar: Any) 
                     continue
                 where = f"{relative.name} ({subject}, {base})"
                 case = Case("damaged file", f"{where} → {command}", what, "FAILED")
-                if code == 0 and own:
+                partly = subject == "compare" and changed and not complaint(code, error)
+                if own and (code == 0 or partly):
                     case = _ended(case, work, relative, before, whole)
                 elif code == 0:
                     same = written(target) == expected

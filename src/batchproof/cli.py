@@ -406,7 +406,15 @@ def _compare(args: argparse.Namespace, command: str) -> int:
     print(f"{args.out / 'cells'}: the runs, as of `batchproof train`")
     page = shlex.join(["--out", str(args.out / "report.html")])
     print(f"\nCurves and more: batchproof report {shlex.quote(str(args.out))} {page}")
-    return 130 if record["status"] == "interrupted" else 0
+    if record["status"] == "interrupted":
+        return 130
+    # The table names the failed cells; the others stand.
+    failed = [cell for cell in record["cells"] if cell["state"] == "failed"]
+    if failed:
+        first = next(p["error"] for p in failed[0]["populations"] if p["error"])
+        count = f"{len(failed)} of {len(record['cells'])} cells failed"
+        raise BatchproofError(f"{count}, the first with: {first}")
+    return 0
 
 
 def _alone(add: Callable[[Any], None], name: str) -> argparse.ArgumentParser:

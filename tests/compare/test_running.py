@@ -270,7 +270,7 @@ def test_a_cell_that_fails_is_marked_and_the_others_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train", failing)
         words = SMALL.replace("none,", "none,critic:layer,") + " --seeds 2"
-        record = run(words, out, env=f"{ENV},Nope-v0")
+        record = run(words, out, code=2, env=f"{ENV},Nope-v0")
     failed = {
         (cell["environment"], cell["condition"]): cell["populations"][0]["error"]
         for cell in record["cells"]

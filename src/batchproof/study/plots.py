@@ -185,7 +185,7 @@ def learning_curves(
     seeds = "; thin line: one seed" if each_seed else ""
     note = f"Line: mean over seeds; band: lowest to highest seed{seeds}."
     _say(figure, left - 0.5, top + rows * cell, note, _SMALL, GREY)
-    _save(figure, path, dpi)
+    save(figure, path, dpi)
     return figure
 
 
@@ -264,7 +264,7 @@ def answer_picture(
         _step_axis(axes, clipped)
     note = "Line: mean over seeds; band: lowest to highest seed."
     _say(figure, left - 0.5, top + len(agents) * cell - 0.05, note, _SMALL, GREY)
-    _save(figure, path, dpi)
+    save(figure, path, dpi)
     return figure
 
 
@@ -364,7 +364,7 @@ def condition_table_plot(
         if index % 2 == 0:
             _stripe(figure, top + 0.4 + pitch * index, pitch)
     _forest_key(figure, top + 0.4 + height + foot)
-    _save(figure, path, dpi)
+    save(figure, path, dpi)
     return figure
 
 
@@ -381,14 +381,19 @@ def _figure() -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | Path, dpi: int) -> None:
+def save(figure: Figure, path: str | Path, dpi: int | None = None) -> None:
+    """Write a figure in one move, a PNG with few colours; ``dpi`` is the figure's own unless given.
+
+    Raises:
+        BatchproofError: it cannot be written.
+    """
     from PIL import Image  # comes with matplotlib
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     if path.suffix == ".png":
-        figure.savefig(drawn, dpi=dpi, facecolor="white")
+        figure.savefig(drawn, dpi=dpi or "figure", facecolor="white")
         # 256 colours are plenty for a chart and make the file a third as large.
         small = Image.open(drawn).convert("RGB").quantize(256)
         drawn = io.BytesIO()

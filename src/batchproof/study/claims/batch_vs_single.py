@@ -1360,7 +1360,7 @@ def _gap_picture(found: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("mean gap of an action in [\u22121, 1]", fontsize=13)
     axes.set_title("The gap shrinks with N; it does not go away", loc="left", weight="bold")
     axes.legend(fontsize=11, frameon=False)
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def _acting_picture(found: dict[str, Any], path: Path) -> None:
@@ -1378,7 +1378,7 @@ def _acting_picture(found: dict[str, Any], path: Path) -> None:
         one.set_ylabel(name, fontsize=13)
         one.set_xlabel("mode of slot 0, environments in the batch", fontsize=13)
     axes[0].set_title("Trained actors, acting in another mode", loc="left", weight="bold")
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def _td_picture(found: dict[str, Any], path: Path) -> None:
@@ -1400,7 +1400,7 @@ def _td_picture(found: dict[str, Any], path: Path) -> None:
         "How normalization moves the TD error, at fixed weights", loc="left", weight="bold"
     )
     axes.legend(fontsize=11, frameon=False)
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def explanation(study: dict[str, Any]) -> str:

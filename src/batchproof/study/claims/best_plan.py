@@ -723,7 +723,7 @@ def _heat_map(
     for spine in axes.spines.values():
         spine.set_visible(False)
     figure.suptitle(headline, fontsize=16, fontweight="bold", x=0.02, ha="left")
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def _forest(rows: Sequence[dict[str, Any]], level: float, path: Path, headline: str) -> None:
@@ -762,7 +762,7 @@ def _forest(rows: Sequence[dict[str, Any]], level: float, path: Path, headline: 
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     figure.suptitle(headline, fontsize=18, fontweight="bold", x=0.02, ha="left")
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def explanation(study: dict[str, Any]) -> str:

@@ -750,7 +750,7 @@ def _scatter(outcome: _Outcome, path: Path, headline: str) -> None:
     figure.suptitle(headline, fontsize=19, fontweight="bold", x=0.02, ha="left")
     figure.legend(handles=marks, loc="lower center", ncols=4, fontsize=11, frameon=False)
     figure.tight_layout(rect=(0, 0.8 / figure.get_figheight(), 1, 0.99))
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def explanation(study: dict[str, Any], headline: str) -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,12 +298,18 @@ def watch_cell(agent: str, seeds: int, steps: int, folder: Path, progress: bool)
     )
     if path.exists() and note.exists():
         held = records.read_json(note)
-        if held["settings"] != settings:
+        if held.get("settings") != settings:
             raise BatchproofError(
                 f"{folder} holds another run: choose another --out, or delete that folder"
             )
-        with np.load(path, allow_pickle=False) as arrays:
-            return Watched(**arrays, wall_s=held["wall_s"])
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return Watched(**arrays, wall_s=held["wall_s"])
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            line = " ".join(str(error).split())
+            raise BatchproofError(
+                f"{path}: not what was written ({line}): delete {folder} to train it again"
+            ) from None
     if progress:
         print(f"{agent}: {2 * seeds} policies, {steps // UPDATE_STEPS} batches")
     began = time.perf_counter()
@@ -907,7 +914,7 @@ def _switch_picture(outcome: Outcome, agent: str, path: Path, headline: str) -> 
             axes.set_ylim(low, high)
     figure.axes[2].legend(loc="center left", fontsize=10, frameon=False)
     figure.axes[4].legend(loc="upper left", fontsize=10, frameon=False)
-    plots._save(figure, path, 150)
+    plots.save(figure, path, 150)
 
 
 def _rho_picture(outcome: Outcome, path: Path, headline: str) -> None:
@@ -946,7 +953,7 @@ def _rho_picture(outcome: Outcome, path: Path, headline: str) -> None:
     sweep.legend(fontsize=10, frameon=False, loc="upper left", bbox_to_anchor=(0.24, 0.92))
     others.legend(fontsize=10, frameon=False, loc="center", bbox_to_anchor=(0.6, 0.62))
     figure.subplots_adjust(wspace=0.42)
-    plots._save(figure, path, 150)
+    plots.save(figure, path, 150)
 
 
 def _points(
@@ -982,7 +989,7 @@ def _frozen_picture(outcome: Outcome, path: Path) -> None:
     for axes in figure.axes[-2:]:
         axes.set_xlabel("frozen batches before the switch", fontsize=12)
     figure.axes[0].legend(fontsize=10, frameon=False, loc="center", bbox_to_anchor=(0.6, 0.6))
-    plots._save(figure, path, 150)
+    plots.save(figure, path, 150)
 
 
 def _grid(rows: int, columns: int, headline: str, height: float) -> Any:
