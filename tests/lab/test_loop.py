@@ -250,7 +250,11 @@ def columns(rows: np.ndarray, obs_size: int = 3) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["jax", "pendulum", pytest.param("cheetah", marks=[needs_mujoco, pytest.mark.full])],
+    [
+        "jax",
+        pytest.param("pendulum", marks=pytest.mark.full),
+        pytest.param("cheetah", marks=[needs_mujoco, pytest.mark.full]),
+    ],
 )
 def test_a_run_that_was_killed_equals_one_that_never_was(
     name: str,
@@ -499,7 +503,9 @@ def test_the_replay_overwrites_its_oldest_row_and_samples_filled_ones() -> None:
 # --- when it learns -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name", ["jax", "pendulum", pytest.param("cheetah", marks=[needs_mujoco, pytest.mark.full])]
+)
 def test_every_step_after_the_start_is_followed_by_its_updates(
     name: str, finished: Callable[[str], Finished]
 ) -> None:

@@ -182,6 +182,7 @@ def test_mistakes_are_told(options: dict[str, Any], words: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_small_run_writes_everything_and_is_read_back(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "seeds": 2,
