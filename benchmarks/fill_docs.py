@@ -89,6 +89,10 @@ def sb3() -> str:
     return "\n".join(lines)
 
 
+def _rounds(record: dict[str, Any]) -> str:
+    return "1 round, " if record["rounds"] == 1 else f"{record['rounds']} rounds, "
+
+
 def _benchmark(name: str) -> str:
     path = RESULTS / "benchmarks" / f"{name}.md"
     record = _load(RESULTS / "benchmarks" / f"{name}.json")
@@ -97,7 +101,7 @@ def _benchmark(name: str) -> str:
     machine = record["machine"]
     return (
         path.read_text(encoding="utf-8").strip()
-        + f"\n\n{machine['processor']}, {machine['cores']} cores, {record['rounds']} rounds, "
+        + f"\n\n{machine['processor']}, {machine['cores']} cores, {_rounds(record)}"
         f"{record['wall_s'] / 60:.0f} minutes.{_gemm(record)}"
     )
 
