@@ -32,6 +32,7 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
+from batchproof.study.conditions import choose
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
 from batchproof.study.study import Cell, run_cells, study_record, write_all_metrics
 
@@ -180,7 +181,7 @@ def run(
     Returns:
         The content of ``study.json``.
     """
-    chosen = _chosen(conditions)
+    chosen = choose(CONDITIONS, DEFAULT, conditions)
     endings = _endings(ending)
     seeds = seeds if seeds is not None else 5
     steps = steps if steps is not None else (1000 if quick else 3000)
@@ -233,19 +234,6 @@ def training(
         random_behaviour=condition.random_behaviour,
         learning_starts=min(100, steps // 2),
     )
-
-
-def _chosen(names: str | None) -> tuple[Condition, ...]:
-    known = {condition.key: condition for condition in CONDITIONS}
-    if names == "all":
-        return CONDITIONS
-    keys = DEFAULT if names is None else tuple(dict.fromkeys(names.split(",")))
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        raise BatchproofError(
-            f"unknown condition {unknown[0]!r}: use all, or some of {', '.join(known)}"
-        )
-    return tuple(known[key] for key in keys)
 
 
 def _endings(ending: str | None) -> tuple[str, ...]:

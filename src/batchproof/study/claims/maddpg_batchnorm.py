@@ -34,6 +34,7 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
+from batchproof.study.conditions import choose
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
 from batchproof.study.study import Cell, run_cells, study_record, write_all_metrics
 
@@ -207,7 +208,7 @@ def run(
     Returns:
         The content of ``study.json``.
     """
-    chosen = _chosen(conditions)
+    chosen = choose(CONDITIONS, DEFAULT, conditions)
     seeds = seeds if seeds is not None else SEEDS
     if seeds < 1:
         raise BatchproofError(f"seeds must be at least 1, got {seeds}")
@@ -257,19 +258,6 @@ def training(algo: str, condition: Condition, seeds: int, steps: int) -> Trainin
         eval_every=max(1, steps // EVALUATIONS),
         **options,
     )
-
-
-def _chosen(names: str | None) -> tuple[Condition, ...]:
-    known = {condition.key: condition for condition in CONDITIONS}
-    if names == "all":
-        return CONDITIONS
-    keys = DEFAULT if names is None else tuple(dict.fromkeys(names.split(",")))
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        raise BatchproofError(
-            f"unknown condition {unknown[0]!r}: use all, or some of {', '.join(known)}"
-        )
-    return tuple(known[key] for key in keys)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import numpy as np
 from batchproof import records
 from batchproof.errors import BatchproofError
 from batchproof.study import plots, report
+from batchproof.study.conditions import choose
 from batchproof.study.pixels import FRAMES, PACKAGES, Cell, Result, run_cells
 from batchproof.study.statistics import (
     Interval,
@@ -126,7 +127,7 @@ def run(
     Returns:
         The content of ``study.json``.
     """
-    chosen = _chosen(conditions)
+    chosen = choose(CONDITIONS, DEFAULT, conditions)
     if seeds is None and quick:
         seeds = 1
     steps = steps if steps is not None else (QUICK_STEPS if quick else STEPS)
@@ -176,19 +177,6 @@ def cell_of(condition: Condition, seed: int, steps: int) -> Cell:
         learning_rate=2.5e-4 * condition.factor,
         audit=seed == 0,
     )
-
-
-def _chosen(names: str | None) -> tuple[Condition, ...]:
-    known = {condition.key: condition for condition in CONDITIONS}
-    if names == "all":
-        return CONDITIONS
-    keys = DEFAULT if names is None else tuple(dict.fromkeys(names.split(",")))
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        raise BatchproofError(
-            f"unknown condition {unknown[0]!r}: use all, or some of {', '.join(known)}"
-        )
-    return tuple(known[key] for key in keys)
 
 
 @dataclass(frozen=True)
