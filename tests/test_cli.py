@@ -8,12 +8,14 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from batchproof import cli
+import batchproof.study
 from batchproof.cli import main
 
 ENV = "batchproof/ConstantReward-v0"
@@ -159,21 +161,32 @@ json.dump(found, sys.stderr)
 
 
 def test_the_names_repeated_for_speed_are_the_library_s() -> None:
+    from batchproof.cli import words as repeated
     from batchproof.lab import norms, passes
     from batchproof.lab.agents import AGENTS
 
     running = [k for k in norms.KINDS if norms.init(norms.Norm(k, groups=1), 2)[1]]
-    assert tuple(AGENTS) == cli.ALGORITHMS
-    assert {name: tuple(agent.PRESETS) for name, agent in AGENTS.items()} == cli.AGENT_PRESETS
+    assert tuple(AGENTS) == repeated.ALGORITHMS
+    assert {name: tuple(agent.PRESETS) for name, agent in AGENTS.items()} == repeated.AGENT_PRESETS
     for name, agent in AGENTS.items():
         kinds = {agent.Config().actor.norm.kind}
         kinds |= {agent.Config().critic.norm.kind} if hasattr(agent.Config(), "critic") else set()
-        assert kinds == {cli.NORMALIZED.get(name, "none")}
-    assert tuple(norms.ESTIMATORS) == cli.ESTIMATORS
-    assert tuple(norms.KINDS) == cli.NORMS
-    assert tuple(running) == cli.RUNNING_NORMS
-    assert norms.PLACEMENTS == cli.PLACEMENTS
-    assert passes.TARGET_STATS == cli.TARGET_STATS
+        assert kinds == {repeated.NORMALIZED.get(name, "none")}
+    assert tuple(norms.ESTIMATORS) == repeated.ESTIMATORS
+    assert tuple(norms.KINDS) == repeated.NORMS
+    assert tuple(running) == repeated.RUNNING_NORMS
+    assert norms.PLACEMENTS == repeated.PLACEMENTS
+    assert passes.TARGET_STATS == repeated.TARGET_STATS
+
+
+def test_a_study_takes_the_options_that_its_row_names() -> None:
+    from batchproof.cli.study import STUDY_OPTIONS
+
+    named = {option for row in batchproof.study.STUDIES.values() for option in row.options}
+    assert named == set(STUDY_OPTIONS)
+    for row in batchproof.study.STUDIES.values():
+        if row.options:
+            assert {*row.options} <= signature(import_module(row.module).run).parameters.keys()
 
 
 @pytest.mark.parametrize(
@@ -436,7 +449,6 @@ def test_a_real_run_and_its_rerun(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.fixture
 def fake_study(monkeypatch: pytest.MonkeyPatch) -> dict:
     """A registry of one study; the dictionary receives what it was asked to do."""
-    import batchproof.study
 
     called: dict = {}
 

@@ -128,7 +128,7 @@ def shown_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", shown_commands())
 def test_shown_command_parses(command: str) -> None:
-    cli._parser().parse_args(shlex.split(command, comments=True)[1:])
+    cli.parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
 def script_of(name: str):

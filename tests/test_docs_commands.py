@@ -215,7 +215,7 @@ def shortened(words: list[str]) -> list[str] | None:
 def run_command(command: str) -> None:
     """Run one command as `batchproof` would, and hold it to the exit code that stands behind it."""
     words = shlex.split(command, comments=True)[1:]
-    cli._parser().parse_args(words)
+    cli.parser().parse_args(words)
     short = shortened(words)
     if short is None:
         return

@@ -163,7 +163,7 @@ def test_explain_prints_the_rule_and_rules_lists_it(capsys):
 
 
 def test_rules_in_python_and_in_cli_name_the_same_formats():
-    from batchproof.cli import FORMATS
+    from batchproof.cli.clinic import FORMATS
     from batchproof.clinic import formats
 
     assert tuple(formats.FORMATS) == FORMATS

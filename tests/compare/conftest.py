@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batchproof import compare
-from batchproof.cli import _parser
+from batchproof.cli import parser
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], compare.Grid]:
         with monkeypatch.context() as patch:
             patch.setattr(compare, "run", run)
             patch.setattr(compare, "text", lambda record: "")
-            args = _parser().parse_args(["compare", *shlex.split(words), "--out", "never"])
+            args = parser().parse_args(["compare", *shlex.split(words), "--out", "never"])
             args.run(args, f"batchproof compare {words} --out never")
         return kept[0]
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from batchproof import compare
-from batchproof.cli import _parser, main
+from batchproof.cli import main, parser
+from batchproof.cli.train import training_of
 from batchproof.compare import populations
 from batchproof.errors import BatchproofError
 
@@ -87,7 +88,7 @@ def test_a_norm_can_sit_in_one_network_alone(grid: Callable[[str], compare.Grid]
     found = grid(f"--algo crossq:wn --env {ENV} --norm default,critic:layer --placement post")
     by_name = {condition.name: condition for condition in found.conditions}
     assert list(by_name) == ["crossq:wn-post", "crossq:wn-critic:layer-post"]
-    args = _parser().parse_args(
+    args = parser().parse_args(
         ["train", *by_name["crossq:wn-critic:layer-post"].words, "--env", ENV, "--out", "never"]
     )
     assert (args.preset, args.actor_norm, args.critic_norm) == ("wn", "none", "layer")
@@ -129,10 +130,8 @@ def test_baselines_come_first_and_no_condition_waits_for_anothers_later_seeds(
     kept: list[Any] = []
 
     def build(words: Any) -> Any:
-        args = _parser().parse_args(["train", *words, "--out", "never"])
-        from batchproof import cli
-
-        return cli._training(args, {})
+        args = parser().parse_args(["train", *words, "--out", "never"])
+        return training_of(args, {})
 
     spec = compare.Spec(
         algos=("crossq", "td3"),

@@ -16,7 +16,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from batchproof import compare
-from batchproof.cli import _parser, main
+from batchproof.cli import main, parser
 from batchproof.compare import work
 from batchproof.lab import loop, off_policy, population
 
@@ -111,7 +111,7 @@ def test_the_record_holds_what_the_runs_gave(whole: tuple[Path, dict[str, Any]])
         assert population["steps_per_s"] > 0
         # The run's own command is one that train takes, and it finds this very run finished.
         command = json.loads((folder / "run.json").read_text())["command"]
-        _parser().parse_args(shlex.split(command)[1:])
+        parser().parse_args(shlex.split(command)[1:])
     table = record["statistics"][0]
     assert [row["condition"] for row in table["rows"]] == ["ddpg-none", "ddpg-critic:batch"]
     assert table["ranking"] is None

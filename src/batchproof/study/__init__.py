@@ -58,5 +58,6 @@ STUDIES = {
     "hopper-decay": Study(
         "an open question: why does CrossQ get worse on Hopper, and which switch cures it?",
         "batchproof.study.claims.hopper_decay",
+        options=("width",),
     ),
 }
