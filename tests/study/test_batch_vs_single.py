@@ -21,9 +21,32 @@ from batchproof.lab.passes import Batch
 from batchproof.modes import B, E, Mode, T
 from batchproof.study import STUDIES, statistics
 from batchproof.study.claims import batch_vs_single as study
+from batchproof.study.claims.batch_vs_single import (
+    conditions,
+    gaps,
+    measures,
+    other_actors,
+    page,
+    training,
+    verdicts,
+)
+from batchproof.study.claims.batch_vs_single.conditions import (
+    CONDITIONS,
+    DEFAULT,
+    DRAWS,
+    GROUPS,
+    POPULATION,
+    PROBES,
+    SIZES,
+    STARTS,
+    SYNC_SIZES,
+    TD_PLANS,
+    chosen,
+    config_of,
+)
 
 KEY = jax.random.key(0)
-BY_KEY = {condition.key: condition for condition in study.CONDITIONS}
+BY_KEY = {condition.key: condition for condition in CONDITIONS}
 ACT_E = BY_KEY["act-E"]
 
 
@@ -39,7 +62,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(scope="module")
 def agent() -> ddpg.State:
     """An agent of act-E with scattered norms and statistics, targets that lag."""
-    init = jax.jit(partial(ddpg.init, study.config_of(ACT_E)), static_argnums=(1, 2))
+    init = jax.jit(partial(ddpg.init, config_of(ACT_E)), static_argnums=(1, 2))
     rng = np.random.default_rng(0)
 
     def scatter(leaf: Any) -> Any:
@@ -64,13 +87,13 @@ def test_a_batch_of_environments_is_stored_in_order_and_learned_from() -> None:
     """Rows of one environment follow each other; nothing is learned until `STARTS`."""
     condition = BY_KEY["act-T"]
     count, vector_steps = condition.num_envs, 40
-    learner = study.init_learner(condition, count * vector_steps, KEY)
+    learner = training.init_learner(condition, count * vector_steps, KEY)
     fresh = np.asarray(learner.agent.actor.params["linear_0"]["weight"])
-    run = jax.jit(partial(study.learn, condition))
-    early = run(learner, 0, study.STARTS // count)
+    run = jax.jit(partial(training.learn, condition))
+    early = run(learner, 0, STARTS // count)
     np.testing.assert_array_equal(early.agent.actor.params["linear_0"]["weight"], fresh)
     assert int(early.agent.actor.stats["norm_pre_0"]["count"]) == 0
-    learner = run(early, study.STARTS // count, vector_steps)
+    learner = run(early, STARTS // count, vector_steps)
     assert np.abs(learner.agent.actor.params["linear_0"]["weight"] - fresh).max() > 0
 
     rows = np.asarray(learner.rows).reshape(vector_steps, count, 9)
@@ -84,7 +107,7 @@ def test_a_batch_of_environments_is_stored_in_order_and_learned_from() -> None:
         np.testing.assert_allclose(next_obs, wanted, atol=1e-5)
         np.testing.assert_allclose(reward, wanted_reward, atol=1e-4)
     # Once learning starts: a pass in T for each vector step, and slot 1's for each update.
-    learned = vector_steps - study.STARTS // count
+    learned = vector_steps - STARTS // count
     counted = int(learner.agent.actor.stats["norm_pre_0"]["count"])
     assert counted == learned * (1 + count)
 
@@ -94,7 +117,7 @@ def test_environments_share_a_pass_in_t_alone(agent: ddpg.State) -> None:
     keys = jax.random.split(KEY, 4)
 
     def acted(mode: Mode, group: int) -> tuple[np.ndarray, np.ndarray]:
-        run = jax.jit(partial(study.act_out, ACT_E, mode=mode, group=group))
+        run = jax.jit(partial(training.act_out, ACT_E, mode, group))
         seen, returns = run(agent.actor, keys)
         return np.asarray(seen), np.asarray(returns)
 
@@ -107,7 +130,7 @@ def test_environments_share_a_pass_in_t_alone(agent: ddpg.State) -> None:
 
     # Replayed by Gymnasium: in T alone every action is the same number.
     seen, returns = acted(Mode("t"), 1)
-    action = float(study._together(ACT_E, T, agent.actor, jnp.ones((1, 3)))[0])
+    action = float(gaps.together(ACT_E, T, agent.actor, jnp.ones((1, 3)))[0])
     physics = gymnasium.make("Pendulum-v1").unwrapped
     for lane in range(4):
         first = seen[0, lane]
@@ -121,56 +144,56 @@ def test_environments_share_a_pass_in_t_alone(agent: ddpg.State) -> None:
 
 def test_a_shift_is_counted_in_standard_deviations() -> None:
     x = np.random.default_rng(0).normal(size=(5000, 3)) * [1, 10, 100]
-    np.testing.assert_allclose(study.shift(x + 0.5 * x.std(0), x), 0.5)
-    assert study.shift(x, x) == 0
+    np.testing.assert_allclose(measures.shift(x + 0.5 * x.std(0), x), 0.5)
+    assert measures.shift(x, x) == 0
 
 
 def test_the_exponent_of_a_power_law_is_found() -> None:
-    sizes = np.array(study.SIZES)
-    np.testing.assert_allclose(study.exponent(sizes, 3 * sizes**-0.5), -0.5)
+    sizes = np.array(SIZES)
+    np.testing.assert_allclose(verdicts.exponent(sizes, 3 * sizes**-0.5), -0.5)
 
 
 def test_the_parts_of_the_td_error_add_up(agent: ddpg.State) -> None:
     """And they are zero where the modes use the very statistics that the reference has."""
     batch, data = draw(32), draw(400, seed=1)
-    true = study.with_true_statistics(ACT_E, agent, data)
-    for letters in study.TD_PLANS:
-        error, true_error, *parts = study._td_split(ACT_E, letters, agent, true, batch)
+    true = measures.with_true_statistics(ACT_E, agent, data)
+    for letters in TD_PLANS:
+        error, true_error, *parts = measures.td_split(ACT_E, letters, agent, true, batch)
         np.testing.assert_allclose(error - true_error, np.sum(parts, axis=0), atol=2e-4)
         assert np.abs(error - true_error).max() > 0.01
-    *_, target, current, action = study._td_split(ACT_E, "EEE", true, true, batch)
+    *_, target, current, action = measures.td_split(ACT_E, "EEE", true, true, batch)
     assert not np.any([target, current, action])
 
 
 def test_true_statistics_make_eval_equal_to_train_on_all_the_data(agent: ddpg.State) -> None:
     data = draw(300)
-    true = study.with_true_statistics(ACT_E, agent, data)
+    true = measures.with_true_statistics(ACT_E, agent, data)
     obs = jnp.concatenate([data.obs, data.next_obs])
     assert true.target_actor is not None
     for network in (true.actor, true.target_actor):
-        in_e, in_t = (study._together(ACT_E, mode, network, obs) for mode in (E, T))
+        in_e, in_t = (gaps.together(ACT_E, mode, network, obs) for mode in (E, T))
         np.testing.assert_allclose(in_e, in_t, atol=1e-5)
-    next_action, _ = ddpg.policy(study.config_of(ACT_E), true.target_actor, data.next_obs, E)
+    next_action, _ = ddpg.policy(config_of(ACT_E), true.target_actor, data.next_obs, E)
     action = jnp.concatenate([data.action, next_action])
-    mlp = study.config_of(ACT_E).critic
+    mlp = config_of(ACT_E).critic
     in_e, in_t = (nets.q_values(mlp, true.critic, obs, action, mode)[0] for mode in (E, T))
     np.testing.assert_allclose(in_e, in_t, atol=1e-4)
 
 
 def test_equal_weights_act_differently_by_statistics_alone(agent: ddpg.State) -> None:
-    gaps = study.identical_weights(ACT_E, agent.actor, draw(128).obs)
-    assert gaps["twin E, E"] == 0
-    assert min(value for name, value in gaps.items() if name != "twin E, E") > 0.01
+    found = gaps.identical_weights(ACT_E, agent.actor, draw(128).obs)
+    assert found["twin E, E"] == 0
+    assert min(value for name, value in found.items() if name != "twin E, E") > 0.01
 
 
 def test_the_notebook_s_actor_starts_as_stated_and_its_modes_differ() -> None:
-    network = study.notebook_actor(KEY)
+    network = other_actors.notebook_actor(KEY)
     bounds = {"linear_0": 256**-0.5, "linear_1": 128**-0.5, "linear_2": 3e-3}
     for name, bound in bounds.items():
         most = np.abs(network.params[name]["weight"]).max()
         assert 0.98 * bound < most <= bound
     states = jax.random.normal(KEY, (3, 24))
-    together = {mode: study.notebook_policy(network, states, mode)[0] for mode in (B, E, T)}
+    together = {mode: other_actors.notebook_policy(network, states, mode)[0] for mode in (B, E, T)}
     np.testing.assert_allclose(together[B], together[E], atol=1e-6)  # fresh: 1 / sqrt(1 + 1e-5)
     assert np.abs(together[T] - together[E]).max() > 1e-4
     plain = network.params
@@ -188,33 +211,33 @@ def test_a_dropped_unit_is_cut_out() -> None:
     }
     obs, mask = np.array([[1.0]]), [np.array([True, False])]
     wanted = np.tanh(2 * 1.5 * 0.1 + 0.05)
-    np.testing.assert_allclose(study.dropout_policy(params, obs, mask), [wanted])
-    cut = study.sub_network(params, mask)
+    np.testing.assert_allclose(other_actors.dropout_policy(params, obs, mask), [wanted])
+    cut = other_actors.sub_network(params, mask)
     assert cut["linear_0"]["weight"].shape == (1, 1)
-    np.testing.assert_allclose(study.dropout_policy(cut, obs, None), [wanted])
+    np.testing.assert_allclose(other_actors.dropout_policy(cut, obs, None), [wanted])
     np.testing.assert_allclose(
-        study.dropout_policy(params, obs, None), np.tanh(0.1 * 1.5 + 0.3 * 2 + 0.05)
+        other_actors.dropout_policy(params, obs, None), np.tanh(0.1 * 1.5 + 0.3 * 2 + 0.05)
     )
 
 
 @pytest.mark.full
 def test_two_processes_have_the_gap_of_one_with_the_whole_batch(agent: ddpg.State) -> None:
     """Over gloo in torch, against the lab's own pass on the same rows."""
-    states = np.random.default_rng(1).normal(size=(study.POPULATION, 3))
+    states = np.random.default_rng(1).normal(size=(POPULATION, 3))
     actor = jax.tree.map(np.asarray, agent.actor)
-    found = study.synchronized_gaps([actor], [states])
-    size = study.SYNC_SIZES[0]
-    index = np.random.default_rng(0).integers(0, len(states), (study.PROBES * study.DRAWS, size))
-    index[:, 0] = np.tile(np.arange(study.PROBES), study.DRAWS)
-    pass_in_t = jax.jit(jax.vmap(partial(study._together, ACT_E, T, agent.actor)))
-    gaps = (
+    found = gaps.synchronized_gaps([actor], [states])
+    size = SYNC_SIZES[0]
+    index = np.random.default_rng(0).integers(0, len(states), (PROBES * DRAWS, size))
+    index[:, 0] = np.tile(np.arange(PROBES), DRAWS)
+    pass_in_t = jax.jit(jax.vmap(partial(gaps.together, ACT_E, T, agent.actor)))
+    wanted = (
         np.asarray(pass_in_t(states[index]))[:, 0]
         - np.asarray(pass_in_t(states[None]))[0][index[:, 0]]
     )
-    np.testing.assert_allclose(found[f"whole {size}"], np.abs(gaps).mean(), rtol=1e-4)
-    np.testing.assert_allclose(found[f"sync {size}"], np.abs(gaps).mean(), rtol=1e-4)
+    np.testing.assert_allclose(found[f"whole {size}"], np.abs(wanted).mean(), rtol=1e-4)
+    np.testing.assert_allclose(found[f"sync {size}"], np.abs(wanted).mean(), rtol=1e-4)
     assert found[f"half {size}"][0] > 1.2 * found[f"sync {size}"][0]
-    assert max(found[f"sync error {n}"][0] for n in study.SYNC_SIZES) < 1e-9
+    assert max(found[f"sync error {n}"][0] for n in SYNC_SIZES) < 1e-9
 
 
 # --- decision rules -------------------------------------------------------------------------------
@@ -249,12 +272,12 @@ def measured(**changes: float) -> dict[str, Any]:
         "twin B, T": 0.2,
         "td size": 1.0,
     }
-    values |= {f"gap {n}": n**-0.5 for n in study.SIZES}
-    values |= {f"gap from E {n}": 0.1 + n**-0.5 for n in study.SIZES}
-    values |= {f"return T{n}": -300.0 for n in study.GROUPS}
-    values |= {f"shift T{n}": 0.2 for n in study.GROUPS}
-    values |= {f"td {p} wrong": 0.5 for p in study.TD_PLANS}
-    for n in study.SYNC_SIZES:
+    values |= {f"gap {n}": n**-0.5 for n in SIZES}
+    values |= {f"gap from E {n}": 0.1 + n**-0.5 for n in SIZES}
+    values |= {f"return T{n}": -300.0 for n in GROUPS}
+    values |= {f"shift T{n}": 0.2 for n in GROUPS}
+    values |= {f"td {p} wrong": 0.5 for p in TD_PLANS}
+    for n in SYNC_SIZES:
         values |= {f"sync {n}": 0.07, f"half {n}": 0.1, f"sync error {n}": 1e-12}
     for when in ("fresh", "moved"):
         names = ("B, E", "T of three, E", "T of three, B", "size")
@@ -263,9 +286,9 @@ def measured(**changes: float) -> dict[str, Any]:
     return {name: list(value * JITTER) for name, value in (values | changes).items()}
 
 
-def verdicts(found: dict[str, Any], seeds: int = SEEDS) -> dict[str, str]:
-    cell = study.Trained(ACT_E, None, np.zeros(0), np.arange(2), np.zeros((seeds, 2)), 0.0)
-    return {c["id"]: c["verdict"] for c in study.judge(found, {"act-E": cell}, seeds)}
+def verdicts_on(found: dict[str, Any], seeds: int = SEEDS) -> dict[str, str]:
+    cell = training.Trained(ACT_E, None, np.zeros(0), np.arange(2), np.zeros((seeds, 2)), 0.0)
+    return {c["id"]: c["verdict"] for c in verdicts.judge(found, {"act-E": cell}, seeds)}
 
 
 EXPECTED = dict.fromkeys(("A1", "A2", "A4", "A5", "A6", "B2", "B3"), "supported") | dict.fromkeys(
@@ -274,7 +297,7 @@ EXPECTED = dict.fromkeys(("A1", "A2", "A4", "A5", "A6", "B2", "B3"), "supported"
 
 
 def test_when_every_prediction_holds() -> None:
-    assert verdicts(measured()) == EXPECTED
+    assert verdicts_on(measured()) == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -283,11 +306,11 @@ def test_when_every_prediction_holds() -> None:
         ({"gap T in a batch, E alone": 1e-6}, "A1", "refuted"),
         ({"floor float32": 1e-3}, "A1", "refuted"),
         ({"floor float64": 1e-9}, "A1", "refuted"),
-        ({f"gap {n}": 1 / n for n in study.SIZES}, "A2", "refuted"),
-        ({f"gap {n}": n**-0.2 for n in study.SIZES}, "A2", "refuted"),
-        ({f"sync {n}": 1e-6 for n in study.SYNC_SIZES}, "A3", "supported"),
-        ({f"sync {n}": 0.03 for n in study.SYNC_SIZES}, "A3", "inconclusive"),
-        ({f"sync error {n}": 1e-3 for n in study.SYNC_SIZES}, "A3", "inconclusive"),
+        ({f"gap {n}": 1 / n for n in SIZES}, "A2", "refuted"),
+        ({f"gap {n}": n**-0.2 for n in SIZES}, "A2", "refuted"),
+        ({f"sync {n}": 1e-6 for n in SYNC_SIZES}, "A3", "supported"),
+        ({f"sync {n}": 0.03 for n in SYNC_SIZES}, "A3", "inconclusive"),
+        ({f"sync error {n}": 1e-3 for n in SYNC_SIZES}, "A3", "inconclusive"),
         ({"layer float32": 0.1}, "A4", "refuted"),
         ({"layer float64": 1e-9}, "A4", "inconclusive"),
         ({"return T8": -160.0}, "A5", "inconclusive"),
@@ -304,7 +327,7 @@ def test_when_every_prediction_holds() -> None:
     ],
 )
 def test_each_rule_can_fail(changes: dict[str, float], id_: str, verdict: str) -> None:
-    found = verdicts(measured(**changes))
+    found = verdicts_on(measured(**changes))
     assert found.pop(id_) == verdict
     if changes.keys() == {"floor float32"}:  # what B1 rests on, too
         assert found.pop("B1") == "inconclusive"
@@ -313,19 +336,26 @@ def test_each_rule_can_fail(changes: dict[str, float], id_: str, verdict: str) -
 
 def test_few_seeds_give_no_verdict_and_missing_measures_are_said() -> None:
     few = {name: values[:4] for name, values in measured().items()}
-    assert set(verdicts(few, seeds=4).values()) == {"inconclusive"}
+    assert set(verdicts_on(few, seeds=4).values()) == {"inconclusive"}
     found = measured()
     gone = [name for name in found if name.startswith(("sync", "half", "collected"))]
     for name in gone:
         del found[name]
-    assert verdicts(found) == EXPECTED | {"A3": "inconclusive", "A5": "inconclusive"}
+    assert verdicts_on(found) == EXPECTED | {"A3": "inconclusive", "A5": "inconclusive"}
 
 
 @pytest.mark.parametrize(
     ("mean", "name"), [(-160, "learned"), (-250, "learned"), (-251, "partly"), (-701, "failed")]
 )
 def test_classes_of_returns(mean: float, name: str) -> None:
-    assert study.outcome_class(mean) == name
+    assert verdicts.outcome_class(mean) == name
+
+
+def set_everywhere(monkeypatch: pytest.MonkeyPatch, **constants: Any) -> None:
+    """Change constants in every module of the study that reads them."""
+    for module in (conditions, training, gaps, other_actors, measures, verdicts, page):
+        for name in constants.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, constants[name])
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -333,9 +363,9 @@ def test_classes_of_returns(mean: float, name: str) -> None:
 
 def test_the_table_names_it() -> None:
     assert STUDIES[study.NAME].module == study.__name__
-    assert [c.key for c in study._chosen(None)] == list(study.DEFAULT)
-    assert study._chosen("all") == study.CONDITIONS
-    assert [c.key for c in study._chosen("none")] == ["act-E", "none"]
+    assert [c.key for c in chosen(None)] == list(DEFAULT)
+    assert chosen("all") == CONDITIONS
+    assert [c.key for c in chosen("none")] == ["act-E", "none"]
 
 
 @pytest.mark.parametrize(
@@ -357,33 +387,30 @@ def test_options_that_make_no_sense_raise(
 def test_a_finished_condition_is_read_back_and_another_one_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "HIDDEN", (4, 4))
-    monkeypatch.setattr(study, "EVALUATIONS", 2)
-    monkeypatch.setattr(study, "deployed_return", lambda condition, learner: learner.obs.sum())
-    monkeypatch.setattr(study, "learn", lambda condition, learner, first, last: learner)
+    set_everywhere(monkeypatch, HIDDEN=(4, 4), EVALUATIONS=2)
+    monkeypatch.setattr(training, "deployed_return", lambda condition, learner: learner.obs.sum())
+    monkeypatch.setattr(training, "learn", lambda condition, learner, first, last: learner)
     monkeypatch.setattr(
         population, "over_seeds",
         lambda function, mesh, shared=(), **kwargs: jax.jit(
             jax.vmap(function, in_axes=(0, None, None) if shared else 0)
         ),
     )  # fmt: skip
-    first = study.train_cell(ACT_E, 2, 512, tmp_path, False, "")
+    first = training.train_cell(ACT_E, 2, 512, tmp_path, False, "")
     monkeypatch.setattr(population, "place", None)  # nothing is trained again
-    again = study.train_cell(ACT_E, 2, 512, tmp_path, False, "")
+    again = training.train_cell(ACT_E, 2, 512, tmp_path, False, "")
     for one, two in zip(jax.tree.leaves(first.agents), jax.tree.leaves(again.agents), strict=True):
         np.testing.assert_array_equal(one, two)
     np.testing.assert_array_equal(first.returns, again.returns)
     np.testing.assert_array_equal(first.steps, again.steps)
     assert again.steps.tolist() == [256, 512]
     with pytest.raises(BatchproofError, match="holds another run"):
-        study.train_cell(ACT_E, 3, 512, tmp_path, False, "")
+        training.train_cell(ACT_E, 3, 512, tmp_path, False, "")
 
 
 @pytest.mark.full
 def test_a_small_study_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "HIDDEN", (8, 8))
-    monkeypatch.setattr(study, "EPISODES", 32)
-    monkeypatch.setattr(study, "SIZES", (2, 8, 32))
+    set_everywhere(monkeypatch, HIDDEN=(8, 8), EPISODES=32, SIZES=(2, 8, 32))
     made = study.run(tmp_path, seeds=2, steps=512, conditions="act-T", progress=False, command="x")
     written = json.loads((tmp_path / "study.json").read_text())
     assert written["study"] == made["study"] == "batch-vs-single"
@@ -395,5 +422,5 @@ def test_a_small_study_from_end_to_end(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("gap", "acting", "td", "curves", "conditions"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert (tmp_path / "report.html").read_text().count("<img") == 5
-    actor = Network(*study.init_learner(ACT_E, 8, KEY).agent.actor)
+    actor = Network(*training.init_learner(ACT_E, 8, KEY).agent.actor)
     assert set(actor.params) == {"linear_0", "linear_1", "linear_out", "norm_pre_0", "norm_pre_1"}

@@ -1,6 +1,6 @@
 """Studies: public claims about normalization in RL, each settled by one command.
 
-A study's module, one file each under `batchproof.study.claims`, has a function
+A study's module, a file or a package under `batchproof.study.claims`, has a function
 ``run(out, *, seeds, steps, quick, conditions, progress, command)`` with None for what was not
 given, and keywords of its own where its row says so; it returns the content of ``study.json``. This
 table is read by the command line and imports nothing heavy.
