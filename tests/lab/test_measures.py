@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from batchproof.lab import measures, nets
+from batchproof.lab.agents import AGENTS
 from batchproof.lab.nets import MLP, Network
 from batchproof.lab.norms import Norm
 from batchproof.lab.passes import Batch, policy_q
+from batchproof.lab.recalibrate import recalibrate, recalibrate_critics
 from batchproof.modes import B as BYPASS
 from batchproof.modes import E, Mode, S, T
 
@@ -303,3 +305,78 @@ def test_report_is_taken_near_equal_actions_not_at_them():
     assert in_t["kappa"] <= 1e-12
     assert in_t["response_ratio"] <= 1e-9
     assert in_s["kappa"] > 1e-3
+
+
+def with_statistics(network, **shifts):
+    """The network with running statistics moved from those that it holds."""
+    stats = {
+        layer: held
+        | {"mean": held["mean"] + shifts.get("mean", 0), "var": held["var"] * shifts.get("var", 1)}
+        for layer, held in network.stats.items()
+    }
+    return Network(network.params, stats)
+
+
+def test_gaps_are_distances_in_true_standard_deviations_and_log_ratios():
+    mlp = MLP((4,), Norm("batch", "input+pre", eps=0.0))
+    true = nets.init(jax.random.key(0), mlp, O, 1)
+    true = with_statistics(true, mean=0.5, var=4.0)
+    held = with_statistics(true, mean=-3.0, var=0.25)
+    gaps = measures.statistics_gaps("actor", mlp, held, true)
+    assert gaps.keys() == {
+        f"{name}/actor/{layer}"
+        for name in ("mean_gap", "log_var_gap")
+        for layer in ("norm_input", "norm_pre_0")
+    }
+    for name, gap in gaps.items():
+        np.testing.assert_allclose(gap, 1.5 if name.startswith("mean") else np.log(0.25), rtol=1e-6)
+
+
+NORMED = MLP((5,), Norm("batch", "input+pre", running_variance="biased"))
+
+
+def replayed():
+    rng = np.random.default_rng(0)
+    return Batch(
+        obs=jnp.asarray(rng.normal(2, 3, (B, O))),
+        action=jnp.asarray(rng.uniform(-1, 1, (B, A))),
+        reward=jnp.zeros(B),
+        next_obs=jnp.zeros((B, O)),
+        terminated=jnp.zeros(B),
+    )
+
+
+def test_statistics_of_the_replayed_batch_itself_have_no_gap():
+    config = AGENTS["sac"].Config(actor=NORMED, critic=NORMED)
+    batch = replayed()
+    actor = nets.init(jax.random.key(0), NORMED, O, A)
+    critic = nets.init_critics(jax.random.key(1), NORMED, O, A, 2)
+    fresh = measures.networks(config, actor, critic, batch.obs, batch.obs, batch.action)
+    # Running statistics start at mean 0 and variance 1.
+    log_var = np.log(np.var(np.asarray(batch.obs), 0)).mean()
+    np.testing.assert_allclose(fresh["log_var_gap/actor/norm_input"], -log_var, rtol=1e-4)
+    actor = recalibrate(NORMED, actor, batch.obs)
+    critic = recalibrate_critics(NORMED, critic, batch.obs, batch.action)
+    found = measures.networks(config, actor, critic, batch.obs, batch.obs, batch.action)
+    assert len(found) == 2 * 2 * 2
+    assert max(abs(float(gap)) for gap in found.values()) < 1e-9
+    # One row has no variance: nothing is said.
+    one = batch.obs[:1], batch.obs[:1], batch.action[:1]
+    assert measures.networks(config, actor, critic, *one) == {}
+
+
+@pytest.mark.parametrize("algo", ["ddpg", "td3", "sac", "crossq", "xqc"])
+def test_every_agent_tells_of_its_layers(algo):
+    agent = AGENTS[algo]
+    config = replace(agent.Config(), actor=NORMED, critic=NORMED)
+
+    def told(key):
+        return agent.measure(config, agent.init(config, key, O, A), replayed(), key)
+
+    layers = {name for name in jax.eval_shape(told, jax.random.key(0)) if "_gap/" in name}
+    assert layers == {
+        f"{name}/{role}/{layer}"
+        for name in ("mean_gap", "log_var_gap")
+        for role in ("actor", "critic")
+        for layer in ("norm_input", "norm_pre_0")
+    }

@@ -262,3 +262,14 @@ def test_the_chart_library_is_the_version_that_is_said_with_its_license():
     bundle = (page.ASSETS / "plotly-basic.min.js").read_text(encoding="utf-8")
     assert "</script" not in bundle.lower()
     assert "<!--" not in bundle
+
+
+def test_statistics_of_layers_are_a_group_of_their_own(tmp_path, training, write_run):
+    metrics = {"kappa": [[1, 2, 3]] * 2, "mean_gap/actor/norm_pre_0": [[1, 2, 3]] * 2}
+    run = write_run(tmp_path / "run", training(seeds=(0, 1)), **metrics)
+    report.write([run], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    group = page.split('<optgroup label="statistics of each layer">')[1].split("</optgroup>")[0]
+    assert 'value="mean_gap/actor/norm_pre_0">mean gap/actor/norm pre 0<' in group
+    assert "kappa" not in group
+    assert '<option value="kappa">' in page

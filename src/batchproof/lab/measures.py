@@ -1,17 +1,21 @@
-"""What a critic in a given mode shows its actor, in a few numbers.
+"""What a critic in a given mode shows its actor, and how true running statistics are, in numbers.
 
-Each takes ``q``, a function from a batch of actions (B, A) to their values (B,) with everything
-else fixed: the states, the weights and the mode of slot 3.
+Measures of a critic take ``q``, a function from a batch of actions (B, A) to their values (B,) with
+everything else fixed: the states, the weights and the mode of slot 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from batchproof.lab import nets
+from batchproof.lab.nets import MLP, Network
+from batchproof.lab.recalibrate import recalibrate, recalibrate_critics
 from batchproof.modes import E, Mode, T
 
 QFunction = Callable[[Array], Array]
@@ -113,3 +117,53 @@ def report(
         "advantage_seen": seen_advantage(q(policy_action), q_in(replay_mode, replay_action)),
         "advantage_running": seen_advantage(q_in(E, policy_action), q_in(E, replay_action)),
     }
+
+
+def statistics_gaps(role: str, mlp: MLP, held: Network, true: Network) -> dict[str, Array]:
+    """How far each layer's running statistics are from the true ones, means over features.
+
+    ``mean_gap/ROLE/LAYER`` is |running mean - true mean| in true standard deviations,
+    ``log_var_gap/ROLE/LAYER`` the logarithm of running over true variance, each with ``eps`` added
+    to variances: 0 and 0 is agreement. Empty without running statistics.
+
+    Args:
+        role: which network of the agent.
+        mlp: whose norm it is.
+        held: a network with its running statistics; stacked ones are averaged over.
+        true: the same with those of data, see `batchproof.lab.recalibrate`.
+    """
+    found = {}
+    for layer, stats in held.stats.items():
+        if not stats:
+            continue
+        var = true.stats[layer]["var"] + mlp.norm.eps
+        distance = jnp.abs(stats["mean"] - true.stats[layer]["mean"]) / jnp.sqrt(var)
+        found[f"mean_gap/{role}/{layer}"] = distance.mean()
+        found[f"log_var_gap/{role}/{layer}"] = jnp.log((stats["var"] + mlp.norm.eps) / var).mean()
+    return found
+
+
+def networks(
+    config: Any, actor: Network, critic: Network, obs: Array, critic_obs: Array, action: Array
+) -> dict[str, Array]:
+    """`statistics_gaps` of an off-policy agent's networks, such as ``mean_gap/actor/norm_pre_0``.
+
+    The truth is the replayed batch's: the actor's on s, the critics' on (s, a). A batch of one has
+    no variance, and gives nothing.
+
+    Args:
+        config: the agent's, with ``actor`` and ``critic``.
+        actor: what acts.
+        critic: leaves have a leading axis C.
+        obs: the actor's, (B, O).
+        critic_obs: the critics', (B, O), of another size where several agents share a critic.
+        action: the replayed ones, (B, A).
+    """
+    if len(action) < 2:
+        return {}
+    mlp = nets.without_action(config.actor)
+    seen = recalibrate(mlp, actor, obs)
+    values = recalibrate_critics(config.critic, critic, critic_obs, action)
+    return statistics_gaps("actor", mlp, actor, seen) | statistics_gaps(
+        "critic", config.critic, critic, values
+    )

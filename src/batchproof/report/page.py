@@ -440,7 +440,13 @@ def _curves_html(tasks: Sequence[_Task], conditions: Sequence[str]) -> str:
     if len(tasks) > 1:
         options = _options((i, task.name) for i, task in enumerate(tasks))
         picks += f'<label>Task <select id="task">{options}</select></label>'
-    options = _options((name, name.replace("_", " ")) for name in ["return", *names])
+    # A slash is in the names that are told of each layer, such as mean_gap/actor/norm_pre_0.
+    layers = [name for name in names if "/" in name]
+    others = ["return", *(name for name in names if "/" not in name)]
+    options = _options((name, name.replace("_", " ")) for name in others)
+    if layers:
+        of_layers = _options((name, name.replace("_", " ")) for name in layers)
+        options += f'<optgroup label="statistics of each layer">{of_layers}</optgroup>'
     picks += f'<label>Metric <select id="metric">{options}</select></label>'
     bands = "".join(
         f'<label><input type="radio" name="band" value="{value}"{checked}> {text}</label>'

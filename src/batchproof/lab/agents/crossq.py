@@ -375,7 +375,7 @@ def act(
 
 
 def measure(config: Config, state: State, batch: Batch, key: Array) -> dict[str, Array]:
-    """What the critics show the actor on this batch, see `batchproof.lab.measures`."""
+    """What `batchproof.lab.measures` says of the networks on this batch."""
     noise_key, jitter_key = jax.random.split(key)
     noise = draw_noise(noise_key, batch.action.shape).action
     action, _, _ = policy(config, state.actor, batch.obs, noise, config.plan[Slot.ACTOR_UPDATE])
@@ -384,4 +384,7 @@ def measure(config: Config, state: State, batch: Batch, key: Array) -> dict[str,
         return policy_q(config.critic, state.critic, batch, action, mode)[0].min(0)
 
     policy_mode, replay_mode = config.plan[Slot.POLICY_Q], config.plan[Slot.REPLAY_Q]
-    return measures.report(jitter_key, q_in, action, batch.action, policy_mode, replay_mode)
+    shown = measures.report(jitter_key, q_in, action, batch.action, policy_mode, replay_mode)
+    return shown | measures.networks(
+        config, state.actor, state.critic, batch.obs, batch.obs, batch.action
+    )

@@ -410,9 +410,9 @@ def act(
 
 
 def measure(config: Config, state: State, batch: Batch, key: Array) -> dict[str, Array]:
-    """What each critic shows its actor on this batch, averaged over the networks.
+    """What `batchproof.lab.measures` says on this batch, averaged over the agents' networks.
 
-    See `batchproof.lab.measures`; the actions of the other agents are the replayed ones.
+    The actions of the other agents are the replayed ones.
     """
     policy_mode, replay_mode = config.plan[Slot.POLICY_Q], config.plan[Slot.REPLAY_Q]
 
@@ -428,7 +428,9 @@ def measure(config: Config, state: State, batch: Batch, key: Array) -> dict[str,
             joint = own_actions(config, state, k, batch.action, action)
             return policy_q(config.critic, state.critics[k], rows, joint, mode)[0][0]
 
-        return measures.report(key, q_in, action, replayed, policy_mode, replay_mode)
+        shown = measures.report(key, q_in, action, replayed, policy_mode, replay_mode)
+        actor, critic = state.actors[k], state.critics[k]
+        return shown | measures.networks(config, actor, critic, obs, rows.obs, rows.action)
 
     keys = jax.random.split(key, len(state.actors))
     return _mean_of([of_network(k, keys[k]) for k in range(len(state.actors))])

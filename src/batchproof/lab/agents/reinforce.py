@@ -25,7 +25,7 @@ import optax
 from jax import Array
 
 from batchproof.errors import BatchproofError
-from batchproof.lab import nets
+from batchproof.lab import measures, nets
 from batchproof.lab.nets import MLP, Network, Tree
 from batchproof.lab.recalibrate import recalibrate
 from batchproof.modes import Mode, Plan, Slot
@@ -266,27 +266,19 @@ def report(
 def measure(config: Config, state: State, batch: Episodes) -> dict[str, Array]:
     """How far the running statistics are from the batch's, means over normalized features.
 
-    ``mean_gap`` is |running mean - batch mean| in standard deviations of the batch,
-    ``log_var_gap`` the logarithm of running over batch variance: 0 and 0 is agreement. Empty
-    without a norm that keeps statistics.
+    `measures.statistics_gaps` for each layer, such as ``mean_gap/actor/norm_input``, and for all
+    of them together, ``mean_gap`` and ``log_var_gap``. Empty without a norm that keeps statistics.
     """
-    if not state.actor.stats:
+    mlp = nets.without_action(config.actor)
+    seen = recalibrate(mlp, state.actor, _rows(batch))
+    gaps = measures.statistics_gaps("actor", mlp, state.actor, seen)
+    widths = {layer: held["mean"].size for layer, held in state.actor.stats.items() if held}
+    if not widths:
         return {}
-    actor = state.actor
-    seen = recalibrate(nets.without_action(config.actor), actor, _rows(batch)).stats
-    eps = config.actor.norm.eps
-    gaps, ratios = [], []
-    for name, batch_stats in seen.items():
-        if batch_stats:
-            var = batch_stats["var"] + eps
-            gaps.append(jnp.abs(actor.stats[name]["mean"] - batch_stats["mean"]) / jnp.sqrt(var))
-            ratios.append(jnp.log((actor.stats[name]["var"] + eps) / var))
-    if not gaps:
-        return {}
-    return {
-        "mean_gap": jnp.concatenate(gaps).mean(),
-        "log_var_gap": jnp.concatenate(ratios).mean(),
-    }
+    for name in ("mean_gap", "log_var_gap"):
+        whole = sum(width * gaps[f"{name}/actor/{layer}"] for layer, width in widths.items())
+        gaps[name] = whole / sum(widths.values())
+    return gaps
 
 
 def act(

@@ -269,7 +269,7 @@ def act(
 
 
 def measure(config: Config, state: State, batch: Batch, key: Array) -> dict[str, Array]:
-    """What the critic shows the actor on this batch, see `batchproof.lab.measures`."""
+    """What `batchproof.lab.measures` says of the networks on this batch."""
     action, _ = policy(config, state.actor, batch.obs, config.plan[Slot.ACTOR_UPDATE])
     first = jax.tree.map(lambda leaf: leaf[:1], state.critic)
 
@@ -277,4 +277,7 @@ def measure(config: Config, state: State, batch: Batch, key: Array) -> dict[str,
         return policy_q(config.critic, first, batch, action, mode)[0][0]
 
     policy_mode, replay_mode = config.plan[Slot.POLICY_Q], config.plan[Slot.REPLAY_Q]
-    return measures.report(key, q_in, action, batch.action, policy_mode, replay_mode)
+    shown = measures.report(key, q_in, action, batch.action, policy_mode, replay_mode)
+    return shown | measures.networks(
+        config, state.actor, state.critic, batch.obs, batch.obs, batch.action
+    )
