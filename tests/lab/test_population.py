@@ -1,5 +1,8 @@
 """A population gives each seed what it gets alone."""
 
+import os
+import subprocess
+import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -143,3 +146,25 @@ def test_placed_leaves_can_be_donated_though_they_were_one_buffer():
     np.testing.assert_array_equal(moved["target"], [0, 2])
     assert tree["online"].is_deleted()
     np.testing.assert_array_equal(leaf, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices"),
+    [
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4),
+        ({}, len(os.sched_getaffinity(0))),
+    ],
+    ids=["jax", "xla", "not asked"],
+)
+def test_who_asks_for_a_number_of_devices_gets_it(asked, devices):
+    script = "import batchproof.lab, jax; print(len(jax.devices()))"
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=kept | {"JAX_PLATFORMS": "cpu"} | asked,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) == devices

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from batchproof.errors import BatchproofError
-from batchproof.records import write_columns
+from batchproof.records import write_columns, write_json
 from batchproof.report import data
 
 NORM = {"kind": "batch", "placement": "pre", "momentum": 0.1, "eps": 1e-5}
@@ -213,3 +213,30 @@ def test_bad_folders_are_named_in_one_line(tmp_path, training, write_run):
     record = training(seeds=(0, 1, 2))
     record["env_options"] = [{}, {}]
     assert "env_options has 2 entries for 3" in says(write_run(tmp_path / "b", record))
+
+
+def compared(folder, training, write_run, baseline, *conditions):
+    """A folder as `batchproof compare` leaves it, of conditions that differ in gamma."""
+    cells = []
+    for name, gamma in conditions:
+        write_run(folder / "cells" / name, training(config={"gamma": gamma}))
+        populations = [{"folder": f"cells/{name}"}]
+        cells.append({"condition": name, "populations": populations})
+    write_json(folder / "compare.json", {"baseline": baseline, "cells": cells})
+    return folder
+
+
+@pytest.mark.parametrize(("baseline", "gammas"), [(None, [0.3, 0.2, 0.1]), ("c", [0.1, 0.3, 0.2])])
+def test_a_comparison_keeps_its_order_and_its_baseline_comes_first(
+    tmp_path, training, write_run, baseline, gammas
+):
+    conditions = [("b", 0.3), ("a", 0.2), ("c", 0.1)]
+    folder = compared(tmp_path / "all", training, write_run, baseline, *conditions)
+    assert [cell.settings["gamma"] for cell in data.read([folder])] == gammas
+
+
+def test_a_comparison_whose_record_is_another_s_is_told(tmp_path, training, write_run):
+    folder = compared(tmp_path / "all", training, write_run, None, ("a", 0.2))
+    write_json(folder / "compare.json", {"cells": 3})
+    with pytest.raises(BatchproofError, match="not the record of a comparison"):
+        data.read([folder])

@@ -204,6 +204,8 @@ def train_all(
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=-1)(_work)
     devices = jax.config.values["jax_num_cpu_devices"]
+    if devices < 1:  # XLA_FLAGS names the number
+        devices = len(jax.local_devices(backend="cpu"))
     shared = Shared(out.resolve(), devices, records.versions(*PACKAGES), CHECKPOINT_S)
     ray.get(board.exchange.remote(_orders(clock)))
     tasks: dict[Any, int] = {}

@@ -31,6 +31,7 @@ def summarized(spec: Spec, chosen: Grid, found: Sequence[Cell], out: Path) -> di
             {"name": c.name, "algo": c.algo, "train": shlex.join(c.words)}
             for c in chosen.conditions
         ],
+        "baseline": spec.baseline,
         "environments": list(spec.envs),
         "seeds": list(spec.seeds),
         "left_out": [

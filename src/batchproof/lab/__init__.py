@@ -1,9 +1,10 @@
 """The lab: many seeds at once in JAX, with every normalization choice explicit.
 
-Importing it sets JAX up for CPUs: one device for each core, so that `batchproof.lab.population` can
-spread seeds over cores, loops that write several arrays in one pass, and memory that the process
-keeps between two calls. The first two have an effect only before JAX's first computation in the
-process, and ``XLA_FLAGS`` that already name ``--xla_backend_extra_options`` stay as they are.
+Importing it sets JAX up for CPUs: one device for each core (unless the environment names a number),
+so that `batchproof.lab.population` can spread seeds over cores; loops that write several arrays in
+one pass; and memory that the process keeps between two calls. The first two have an effect only
+before JAX's first computation in the process, and ``XLA_FLAGS`` that already name
+``--xla_backend_extra_options`` stay as they are.
 """
 
 import contextlib
@@ -21,6 +22,10 @@ except ModuleNotFoundError as error:  # the base install has no JAX
 
 
 def _one_device_per_core() -> None:
+    # Whoever asked for a number of devices in one of JAX's own ways gets it.
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if forced or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # JAX raises once a backend is running: then the process keeps the devices it has.
     with contextlib.suppress(RuntimeError):

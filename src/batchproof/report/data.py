@@ -92,7 +92,24 @@ def _found(folder: Path) -> list[Path]:
             f"{folder}: neither a run (run.json) nor a study (study.json), and none below it; "
             "give folders that batchproof train or batchproof study wrote"
         )
-    return below
+    return _as_compared(folder, below)
+
+
+def _as_compared(folder: Path, runs: Sequence[Path]) -> list[Path]:
+    """A comparison's runs in its own order, its baseline first; other folders' as they are."""
+    path = folder / "compare.json"
+    if not path.exists():
+        return list(runs)
+    record = records.read_json(path)
+    try:
+        baseline = record.get("baseline")
+        cells = sorted(record["cells"], key=lambda cell: cell["condition"] != baseline)
+        order = [folder / each["folder"] for cell in cells for each in cell["populations"]]
+    except (AttributeError, KeyError, TypeError):
+        raise BatchproofError(
+            f"{path}: not the record of a comparison; name the folders of its runs instead"
+        ) from None
+    return sorted(runs, key=lambda run: order.index(run) if run in order else len(order))
 
 
 def _read_run(folder: Path) -> list[Cell]:
