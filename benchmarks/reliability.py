@@ -90,8 +90,9 @@ def worker(how: str, words: list[str]) -> int:
     """Run ``batchproof WORDS``, with a checkpoint at each evaluation.
 
     ``how`` is ``run``, ``back`` (each look at the clock is an hour before the last), ``count`` (the
-    file operations in the folder of ``--out`` are printed at the end) or the number of the file
-    operation before which the process kills itself.
+    number of file operations in the folder of ``--out`` is printed at the end, and of those three
+    quarters through the checkpoints) or the number of the file operation before which the process
+    kills itself.
     """
     from batchproof import cli
     from batchproof.lab import loop
@@ -111,24 +112,25 @@ def worker(how: str, words: list[str]) -> int:
         now, calls = time.time(), count()
         time.time = lambda: now - 3600 * next(calls)
         time.time_ns = lambda: int(time.time() * 1e9)
-    done = count(1)
+    done: list[str] = []
     if how == "count" or how.isdigit():
         out = words[words.index("--out") + 1]
         sys.addaudithook(partial(_watch, out, done, int(how) if how.isdigit() else -1))
     code = cli.main(words)
     if how == "count":
-        print(next(done) - 1)
+        saved = [i for i, path in enumerate(done) if "/checkpoint/" in path]
+        print(len(done), saved[3 * len(saved) // 4] if saved else 3 * len(done) // 4)
     return code
 
 
-def _watch(out: str, done: Iterator[int], last: int, event: str, args: tuple[Any, ...]) -> None:
-    """Count what changes files below ``out``; die before operation ``last``."""
+def _watch(out: str, done: list[str], last: int, event: str, args: tuple[Any, ...]) -> None:
+    """Collect the paths below ``out`` that are changed; die before operation ``last``, from 1."""
     changes = event in ("os.rename", "os.remove", "os.mkdir")
     if event == "open":
         changes = bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     if changes and isinstance(args[0], str | Path) and str(args[0]).startswith(out):
-        number = next(done)
-        if number == last:
+        done.append(str(args[0]))
+        if len(done) == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -315,7 +317,7 @@ class Whole:
 
 
 def prepare(place: Place, subject: str) -> Whole:
-    """Run a subject to its end, twice, and once up to the middle of its file operations."""
+    """Run a subject to its end, twice, and once up to a checkpoint that is not among its last."""
     out = place.new("whole")
     process = place.start("run", words_of(subject, out))  # compiles
     _, error = process.communicate()
@@ -329,9 +331,9 @@ def prepare(place: Place, subject: str) -> Whole:
     whole = contents(out)
     if whole != contents(again):
         raise SystemExit(f"{subject} is not deterministic: {differing(whole, contents(again))}")
-    operations = int(said.split()[-1])
+    operations, middle = map(int, said.split()[-2:])
     half = place.new("half")
-    code, _, error = place.run(str(round(0.75 * operations)), words_of(subject, half))
+    code, _, error = place.run(str(middle), words_of(subject, half))
     if code != -signal.SIGKILL:
         raise SystemExit(f"{subject} was not cut off: {error}")
     return Whole(out, whole, seconds, operations, half)
@@ -923,7 +925,9 @@ def main() -> None:
         if how == "batch":
             batch(*words)
             return
-        sys.exit(worker(how, words))
+        from batchproof import cli
+
+        cli.leave(worker(how, words))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, help="one part of the two")
     parser.add_argument("--kills", type=int, default=100, help="at random moments, in all [100]")
