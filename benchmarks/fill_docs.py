@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 
 
+def _cores(machine: dict[str, Any]) -> str:
+    return f"{machine['cores']} core" + ("" if machine["cores"] == 1 else "s")
+
+
 def _load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -31,7 +35,7 @@ def verdicts() -> str:
     ]
     return "\n".join(lines) + (
         f"\n\n{study['seeds']} seeds, {study['steps']} steps, `{study['command']}`, "
-        f"{study['wall_s'] / 60:.0f} minutes on {study['machine']['cores']} cores "
+        f"{study['wall_s'] / 60:.0f} minutes on {_cores(study['machine'])} "
         f"({study['machine']['processor']}). Brackets are 95 % intervals of the mean."
     )
 
@@ -101,7 +105,7 @@ def _benchmark(name: str) -> str:
     machine = record["machine"]
     return (
         path.read_text(encoding="utf-8").strip()
-        + f"\n\n{machine['processor']}, {machine['cores']} cores, {_rounds(record)}"
+        + f"\n\n{machine['processor']}, {_cores(machine)}, {_rounds(record)}"
         f"{record['wall_s'] / 60:.0f} minutes.{_gemm(record)}"
     )
 
@@ -207,7 +211,7 @@ def breakout_verdicts() -> str:
     ]
     return "\n".join(lines) + (
         f"\n\n{study['steps']:,} agent steps ({study['frames']:,} frames), `{study['command']}`, "
-        f"{study['wall_s'] / 3600:.1f} hours on {study['machine']['cores']} cores "
+        f"{study['wall_s'] / 3600:.1f} hours on {_cores(study['machine'])} "
         f"({study['machine']['processor']}). Brackets are 95 % intervals over seeds."
     )
 
@@ -300,7 +304,7 @@ def _predicted_verdicts(name: str) -> str:
     ]
     return "\n".join(lines) + (
         f"\n\n`{study['command']}`, {study['seeds']} seeds, {study['wall_s'] / 60:.0f} minutes on "
-        f"{study['machine']['cores']} cores ({study['machine']['processor']})."
+        f"{_cores(study['machine'])} ({study['machine']['processor']})."
     )
 
 
@@ -384,7 +388,7 @@ def _study_verdicts(name: str) -> str:
     ]
     return "\n".join(lines) + (
         f"\n\n{study['seeds']} seeds, `{study['command']}`, {study['wall_s'] / 60:.0f} minutes on "
-        f"{study['machine']['cores']} cores ({study['machine']['processor']}), shared with other "
+        f"{_cores(study['machine'])} ({study['machine']['processor']}), shared with other "
         "work. Brackets are 95 % intervals over seeds."
     )
 

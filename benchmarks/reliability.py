@@ -872,9 +872,10 @@ def faults_table(record: dict[str, Any]) -> str:
 
 def _foot(record: dict[str, Any]) -> str:
     machine = record["machine"]
+    cores = f"{machine['cores']} core" + ("" if machine["cores"] == 1 else "s")
     return (
         f"`{record['command']}`, seed {record['seed']}, {record['wall_s'] / 60:.0f} minutes on "
-        f"{machine['cores']} busy cores ({machine['processor']})."
+        f"{cores} ({machine['processor']}), shared with other work."
     )
 
 
