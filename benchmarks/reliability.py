@@ -926,9 +926,7 @@ def main() -> None:
         if how == "batch":
             batch(*words)
             return
-        from batchproof import cli
-
-        cli.leave(worker(how, words))
+        sys.exit(worker(how, words))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, help="one part of the two")
     parser.add_argument("--kills", type=int, default=100, help="at random moments, in all [100]")

@@ -509,19 +509,3 @@ def test_a_study_needs_a_known_name_and_a_folder(
 ) -> None:
     assert "use one of fake" in complaint(capsys, "study", "fale", "--out", "never")
     assert "--out" in complaint(capsys, "study", "fake")
-
-
-def test_the_process_ends_without_taking_the_interpreter_apart() -> None:
-    script = """
-import atexit, sys
-from batchproof import cli
-class Late:
-    def __del__(self):
-        print("taken apart")
-late = Late()
-atexit.register(print, "at exit")
-print("buffered", end=" ")
-cli.leave(7)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (7, "buffered at exit\n", "")

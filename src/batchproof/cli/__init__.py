@@ -10,8 +10,7 @@ error), 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import atexit
-import contextlib
+import gc
 import os
 import shlex
 import sys
@@ -70,22 +69,10 @@ def _run(words: list[str]) -> int:
 
 
 def run() -> NoReturn:
-    """The console script."""
-    leave(main())
-
-
-def leave(code: int) -> NoReturn:
-    """End the process without taking the interpreter apart, once what wants to run at exit has.
-
-    A thread of XLA may still have a NumPy array to let go of. If it asks for the interpreter while
-    that is being taken apart, it is ended in the middle of C++ and the whole process aborts, in
-    spite of all its work being done: two of 78 runs did on a busy machine.
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more: `main` has seen to that
-            stream.flush()
-    os._exit(code)
+    """The console script: `main`, and an exit that does not look for cycles among all modules."""
+    code = main()
+    gc.freeze()
+    sys.exit(code)
 
 
 def _complain(message: str) -> int:
