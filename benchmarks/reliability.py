@@ -86,6 +86,17 @@ class Case:
 # --- in a process of its own ------------------------------------------------------------------
 
 
+def checkpoint_often() -> None:
+    """Make a checkpoint at each evaluation, in runs and in those of a comparison."""
+    from batchproof.compare import work
+    from batchproof.lab import loop
+
+    assert loop.train.__kwdefaults__ is not None
+    loop.train.__kwdefaults__["checkpoint_seconds"] = 0.0
+    assert work.train_population.__defaults__ == (60.0,)
+    work.train_population.__defaults__ = (0.0,)
+
+
 def worker(how: str, words: list[str]) -> int:
     """Run ``batchproof WORDS``, with a checkpoint at each evaluation.
 
@@ -95,10 +106,8 @@ def worker(how: str, words: list[str]) -> int:
     kills itself.
     """
     from batchproof import cli
-    from batchproof.lab import loop
 
-    assert loop.train.__kwdefaults__ is not None
-    loop.train.__kwdefaults__["checkpoint_seconds"] = 0.0
+    checkpoint_often()
     locked = records.locked
 
     @contextmanager
@@ -137,10 +146,9 @@ def _watch(out: str, done: list[str], last: int, event: str, args: tuple[Any, ..
 def batch(log_path: str) -> None:
     """Answer each line on standard input, the words of a command, with its code and its stderr."""
     from batchproof import cli
-    from batchproof.lab import checkpoint, loop
+    from batchproof.lab import checkpoint
 
-    assert loop.train.__kwdefaults__ is not None
-    loop.train.__kwdefaults__["checkpoint_seconds"] = 0.0
+    checkpoint_often()
     answers = os.fdopen(os.dup(1), "w")
     log = open(log_path, "ab+")  # noqa: SIM115
     os.dup2(log.fileno(), 2)
