@@ -883,7 +883,7 @@ def _foot(record: dict[str, Any]) -> str:
     cores = f"{machine['cores']} core" + ("" if machine["cores"] == 1 else "s")
     return (
         f"`{record['command']}`, seed {record['seed']}, {record['wall_s'] / 60:.0f} minutes on "
-        f"{cores} ({machine['processor']}), shared with other work."
+        f"{cores} ({machine['processor']})."
     )
 
 
