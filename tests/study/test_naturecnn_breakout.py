@@ -97,9 +97,17 @@ def test_no_verdict_on_few_seeds():
     assert found["E3"] == "refuted"
 
 
-def test_one_schedule_is_enough_and_missing_conditions_are_named():
+def test_one_schedule_can_support_e1_and_refutes_nothing():
     claims = {claim["id"]: claim for claim in study.judge(outcome({"none": 9.0, "bn": 6.0}))}
-    assert claims["E1"]["verdict"] == claims["E2"]["verdict"] == "refuted"
+    for id_ in ("E1", "E2"):
+        assert claims[id_]["verdict"] == "inconclusive"
+        assert study.ONE_SCHEDULE in claims[id_]["why"]
+    found = verdicts(outcome({"none": 9.0, "bn": 18.0}))
+    assert (found["E1"], found["E2"]) == ("supported", "inconclusive")
+
+
+def test_missing_conditions_are_named():
+    claims = {claim["id"]: claim for claim in study.judge(outcome({"none": 9.0, "bn": 6.0}))}
     assert claims["E3"]["verdict"] == "inconclusive"
     assert "layer" in claims["E3"]["why"]
 
@@ -244,6 +252,34 @@ def test_finished_cells_are_read_back_and_others_refused(trained, monkeypatch):
     np.testing.assert_array_equal(again.metrics["step"], found.metrics["step"])
     with pytest.raises(BatchproofError, match="other settings"):
         pixels.run_cells([replace(cell, steps=128)], out, progress=False)
+
+
+def test_no_cell_begins_after_the_budget(trained, monkeypatch):
+    out, cell, _ = trained
+
+    def never(*_args: object) -> None:
+        raise AssertionError("a cell was started after the budget")
+
+    monkeypatch.setattr(pixels, "_start", never)
+    found = pixels.run_cells([tiny("b"), cell], out, progress=False, budget_s=0.0)
+    assert list(found) == [cell.name]
+
+
+def test_a_budget_leaves_a_study_of_what_is_finished(tmp_path, monkeypatch):
+    made = outcome({"none": 9.0, "bn": 6.0, "layer": 7.0}, seeds=3)
+    for name in ("bn-seed1", "layer-seed0", "layer-seed1"):
+        del made.results[name]
+    monkeypatch.setattr(study, "run_cells", lambda *_args, **_options: made.results)
+    found = study.run(tmp_path, seeds=3, conditions="none,bn,layer", budget=1.0, progress=False)
+    assert {row["name"]: len(row["returns"]) for row in found["conditions"]} == {"none": 3, "bn": 1}
+    assert found["trainings"] == {"asked": 9, "finished": 4}
+    assert "4 of 9 trainings are finished" in (tmp_path / "report.html").read_text()
+
+
+def test_a_budget_in_which_nothing_was_finished_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_cells", lambda *_args, **_options: {})
+    with pytest.raises(BatchproofError, match="--budget"):
+        study.run(tmp_path, budget=1.0, progress=False)
 
 
 def test_a_damaged_cell_is_told_in_one_line(tmp_path):

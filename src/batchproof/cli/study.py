@@ -9,7 +9,7 @@ from typing import Any
 from batchproof.cli import words
 from batchproof.errors import BatchproofError
 
-STUDY_OPTIONS = ("ending", "width")  # those that only some studies have
+STUDY_OPTIONS = ("budget", "ending", "width")  # those that only some studies have
 
 
 def add_to(commands: Any) -> None:
@@ -32,6 +32,10 @@ def add_to(commands: Any) -> None:
     add("--steps", type=words.whole(1), metavar="N", help="environment steps of each seed")
     add("--quick", action="store_true", help="a small version that ends in minutes")
     add("--conditions", metavar="A,B", help="only these conditions, or `all`")
+    help_ = (
+        "naturecnn-breakout: begin no training after TIME, such as 2h, and judge what is finished"
+    )
+    add("--budget", type=words.duration, metavar="TIME", help=help_)
     help_ = f"constant-reward: how episodes end, {words.either(words.ENDINGS)} [terminated]"
     add("--ending", type=words.one_of("ending", words.ENDINGS), metavar="HOW", help=help_)
     help_ = "hopper-decay: width of the critics' two hidden layers [256]"

@@ -38,6 +38,7 @@ STUDIES = {
     "naturecnn-breakout": Study(
         "a feature request: PPO on Breakout learns faster with batch norm in NatureCNN",
         "batchproof.study.claims.naturecnn_breakout",
+        options=("budget",),
     ),
     "kappa-predicts": Study(
         "an open question: does a critic that is blind to common shifts mean failure on any task?",

@@ -87,7 +87,12 @@ class Result(NamedTuple):
 
 
 def run_cells(
-    cells: Sequence[Cell], out: Path, *, progress: bool, workers: int | None = None
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    progress: bool,
+    workers: int | None = None,
+    budget_s: float | None = None,
 ) -> dict[str, Result]:
     """Train the cells, each in ``out/cells/NAME``; finished ones are read back.
 
@@ -96,6 +101,10 @@ def run_cells(
         out: the study's folder.
         progress: show a bar over the agent steps of all cells.
         workers: processes side by side; None for one a core.
+        budget_s: seconds after which no cell is started; those that run are waited for.
+
+    Returns:
+        The finished cells by name: all of them without a budget.
 
     Raises:
         BatchproofError: a folder holds a cell of other settings, or a training failed.
@@ -106,10 +115,15 @@ def run_cells(
     steps = sum(cell.steps for cell in cells)
     done = steps - sum(cell.steps for cell in waiting)
     running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
+    end = np.inf if budget_s is None else time.monotonic() + budget_s
+    left: list[Cell] = []
     bar = tqdm(total=steps, initial=done, unit="step", disable=not progress, smoothing=0)
     with bar:
         try:
             while waiting or running:
+                if time.monotonic() >= end:
+                    left += waiting
+                    waiting.clear()
                 while waiting and len(running) < workers:
                     cell = waiting.popleft()
                     running[cell.name] = (cell, _start(cell, folders[cell.name]))
@@ -120,8 +134,8 @@ def run_cells(
                     del running[name]
                     if process.returncode != 0:
                         raise BatchproofError(_complaint(name, folders[name]))
-                    for left in ("cell.json", "log", "step"):
-                        (folders[name] / left).unlink(missing_ok=True)
+                    for kind in ("cell.json", "log", "step"):
+                        (folders[name] / kind).unlink(missing_ok=True)
                     done += cell.steps
                 under_way = sum(_step(folders[name]) for name in running)
                 bar.set_postfix_str(", ".join(running), refresh=False)
@@ -131,7 +145,7 @@ def run_cells(
                 process.terminate()
             for _, process in running.values():
                 process.wait()
-    return {cell.name: read_cell(folders[cell.name]) for cell in cells}
+    return {cell.name: read_cell(folders[cell.name]) for cell in cells if cell not in left}
 
 
 def read_cell(folder: Path) -> Result:

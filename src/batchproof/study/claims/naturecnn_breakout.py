@@ -49,6 +49,7 @@ CLAIMED, CLAIMED_SPREAD = 18.4, 6.5
 REACHED = CLAIMED - CLAIMED_SPREAD  # the low end of what was reported
 SIMILAR = 1.25  # similar runtime: within this factor
 ALL_GAMES = 100  # a learning-curve point counts once it is the mean of so many games
+ONE_SCHEDULE = " Only one schedule ran."
 FEWEST_SEEDS = {"E1": 5, "E2": 5, "E3": 3, "E4": 3, "E5": 3}
 PREDICTED = {
     "E1": "refuted",
@@ -110,6 +111,7 @@ def run(
     steps: int | None = None,
     quick: bool = False,
     conditions: str | None = None,
+    budget: float | None = None,
     progress: bool = True,
     command: str = "",
 ) -> dict[str, Any]:
@@ -121,11 +123,16 @@ def run(
         steps: agent steps of each seed, default 200,000.
         quick: 1 seed of 24,576 steps.
         conditions: names from `CONDITIONS` with commas between, or ``all``; default `DEFAULT`.
+        budget: seconds after which no training begins; what is finished is judged.
         progress: show a bar.
         command: what a user typed, for the record.
 
     Returns:
         The content of ``study.json``.
+
+    Raises:
+        BatchproofError: an unknown condition, numbers below 1, a training that failed, or none
+            that finished.
     """
     chosen = choose(CONDITIONS, DEFAULT, conditions)
     if seeds is None and quick:
@@ -145,21 +152,27 @@ def run(
         if seed < numbers[c.key]
     ]
     with records.locked(out):
-        results = run_cells(cells, out, progress=progress)
-        outcome = Outcome(chosen, numbers, steps, results)
+        results = run_cells(cells, out, progress=progress, budget_s=budget)
+        outcome = finished(chosen, numbers, steps, results)
+        if not outcome.seeds:
+            raise BatchproofError("no training is finished: give --budget more time")
         # Cells that an earlier call finished count with the time that they took.
         spent = sum(result.record["wall_s"] for result in results.values())
         wall_s = max(time.perf_counter() - began, spent / records.machine()["cores"])
         study = study_record(
-            NAME, judge(outcome), describe(outcome), seeds=max(numbers.values()), steps=steps,
-            wall_s=wall_s, command=command, packages=PACKAGES,
+            NAME, judge(outcome), describe(outcome), seeds=max(outcome.seeds.values()),
+            steps=steps, wall_s=wall_s, command=command, packages=PACKAGES,
         )  # fmt: skip
         study |= {
             "frames": steps * FRAMES,
             "cures": cures(outcome),
             "returns_are": "Final raw game score, actions drawn",
+            "trainings": {"asked": len(cells), "finished": sum(outcome.seeds.values())},
         }
-        write_all_metrics(out / "metrics.parquet", [outcome.columns(cell) for cell in cells])
+        write_all_metrics(
+            out / "metrics.parquet",
+            [outcome.columns(cell) for cell in outcome.cells()],
+        )
         records.write_json(out / "study.json", study)
         _render(outcome, study, out)
     return study
@@ -195,6 +208,14 @@ class Outcome:
     def of(self, key: str) -> list[Result]:
         """A condition's results, in the order of seeds."""
         return [self.results[f"{key}-seed{seed}"] for seed in range(self.seeds[key])]
+
+    def cells(self) -> list[Cell]:
+        """All of them, by condition and seed."""
+        return [
+            cell_of(c, seed, self.steps)
+            for c in self.conditions
+            for seed in range(self.seeds[c.key])
+        ]
 
     def columns(self, cell: Cell) -> dict[str, np.ndarray]:
         """A cell's metrics with what tells its rows apart in the study's file."""
@@ -247,6 +268,18 @@ class Outcome:
         return np.median(self.curve(key, "update_cpu_s")[1], axis=1)
 
 
+def finished(
+    chosen: tuple[Condition, ...], seeds: dict[str, int], steps: int, results: dict[str, Result]
+) -> Outcome:
+    """The outcome of what is there: of each condition the seeds from 0 on, none missing between."""
+    there = {
+        key: next((seed for seed in range(n) if f"{key}-seed{seed}" not in results), n)
+        for key, n in seeds.items()
+    }
+    there = {key: n for key, n in there.items() if n}
+    return Outcome(tuple(c for c in chosen if c.key in there), there, steps, results)
+
+
 # --- verdicts --------------------------------------------------------------------------------
 
 
@@ -293,12 +326,17 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
     def schedule(key: str) -> str:
         return "schedule over the run" if key.endswith("-short") else "schedule over 10M steps"
 
+    def both(ran: list[tuple[str, ...]]) -> bool:
+        """Whether both schedules ran: one says nothing of "each" and "every"."""
+        return len(ran) == 2
+
     def e1(ran: list[tuple[str, ...]]) -> Any:
         found = {key: mean_interval(outcome.final(key)) for (key,) in ran}
         frames = {key: mean_interval(outcome.at_frames(key)) for (key,) in ran}
         verdict = (
             "supported" if any(i.lo > REACHED for i in found.values())
-            else "refuted" if all(i.hi < REACHED for i in found.values()) else "inconclusive"
+            else "refuted" if both(ran) and all(i.hi < REACHED for i in found.values())
+            else "inconclusive"
         )  # fmt: skip
         best = max(found.values(), key=lambda i: i.mean)
         why = "; ".join(
@@ -306,7 +344,8 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             f"{_words(frames[key])} after {outcome.steps:,} frames"
             for key, i in found.items()
         )
-        return verdict, best.mean, [best.lo, best.hi], f"Mean score, {why}."
+        why = f"Mean score, {why}.{'' if both(ran) else ONE_SCHEDULE}"
+        return verdict, best.mean, [best.lo, best.hi], why
 
     def e2(ran: list[tuple[str, ...]]) -> Any:
         pairs = {
@@ -317,7 +356,8 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             for bn, none in ran
         }
         verdict = (
-            "supported" if all(i.lo > 0 for pair in pairs.values() for i in pair)
+            "inconclusive" if not both(ran)
+            else "supported" if all(i.lo > 0 for pair in pairs.values() for i in pair)
             else "refuted" if all(any(i.hi < 0 for i in pair) for pair in pairs.values())
             else "inconclusive"
         )  # fmt: skip
@@ -326,7 +366,8 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             f"{schedule(bn)}: early {_words(early)}, final {_words(final)}"
             for bn, (early, final) in pairs.items()
         )
-        return verdict, lowest.mean, [lowest.lo, lowest.hi], f"BN minus none, {why}."
+        why = f"BN minus none, {why}.{'' if both(ran) else ONE_SCHEDULE}"
+        return verdict, lowest.mean, [lowest.lo, lowest.hi], why
 
     def e3(ran: list[tuple[str, ...]]) -> Any:
         found = difference_interval(outcome.early("layer"), outcome.early("bn"))
@@ -616,6 +657,7 @@ def explanation(outcome: Outcome, study: dict[str, Any]) -> str:
         for c in outcome.conditions
     )
     return (
+        f"{_progress(study['trainings'])}"
         "<p>Batch norm after each convolution of NatureCNN, inside Stable-Baselines3's own PPO. "
         "The library collects in eval mode, on running statistics, and updates in train mode, on "
         "the minibatch's. So the first minibatch of every update is already another policy than "
@@ -624,6 +666,16 @@ def explanation(outcome: Outcome, study: dict[str, Any]) -> str:
         f"<p>Scores are raw scores of whole games.</p><ul>{rows}</ul>{best}"
         "<p>The clinic on the final policy of the first seed, as the library deploys it:</p>"
         f"<ul>{looked}</ul>"
+    )
+
+
+def _progress(trainings: dict[str, int]) -> str:
+    """What to know where not all trainings are finished, as HTML."""
+    if trainings["finished"] == trainings["asked"]:
+        return ""
+    return (
+        f"<p><strong>{trainings['finished']} of {trainings['asked']} trainings are finished"
+        "</strong>; the same command goes on with the others.</p>"
     )
 
 
