@@ -1,27 +1,22 @@
-"""Conditions by name, what became of them, and claims judged on them.
+"""Conditions by name and what became of them.
 
 For studies whose cells are one condition each, all with the same seeds.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from batchproof import records
 from batchproof.errors import BatchproofError
-from batchproof.study.statistics import Interval
-from batchproof.study.study import study_record, write_all_metrics
+from batchproof.study.study import write_study
 
 if TYPE_CHECKING:
     from batchproof.lab.loop import Result
-
-FEWEST_SEEDS = 5  # fewer give no verdict
 
 
 class Named(Protocol):
@@ -81,7 +76,7 @@ class Outcome(Generic[C]):
         return int(np.isnan(self.curve(key)[1][:, -1]).sum())
 
 
-def write_study(
+def write_outcome(
     name: str,
     out: Path,
     outcome: Outcome[Any],
@@ -92,90 +87,12 @@ def write_study(
     began: float,
     command: str,
 ) -> dict[str, Any]:
-    """Write ``metrics.parquet`` and ``study.json``, and give back the latter's content.
-
-    ``began`` is when the study's cells were started, by `time.perf_counter`. Cells that an earlier
-    call finished count with the time that they took.
-    """
-    wall_s = max(
-        time.perf_counter() - began, sum(result.wall_s for result in outcome.results.values())
-    )
-    parts = [
+    """As `batchproof.study.study.write_study`, for an outcome."""
+    columns = [
         {"condition": np.full(len(result.metrics["seed"]), key), **result.metrics}
         for key, result in outcome.results.items()
     ]
-    write_all_metrics(out / "metrics.parquet", parts)
-    study = study_record(
-        name, claims, conditions, seeds=outcome.seeds, steps=steps, wall_s=wall_s, command=command
-    )
-    records.write_json(out / "study.json", study)
-    return study
-
-
-class Finding(NamedTuple):
-    """What a claim's rule found: the verdict, its number, and both in words."""
-
-    verdict: str
-    interval: Interval
-    why: str
-
-
-class Judge:
-    """Judges claims in turn; `claims` is what ``study.json`` holds of them."""
-
-    def __init__(self, outcome: Outcome[Any], source: str) -> None:
-        """Claims on ``outcome`` that come from ``source``."""
-        self.claims: list[dict[str, Any]] = []
-        self._outcome, self._source = outcome, source
-
-    def claim(
-        self,
-        id_: str,
-        statement: str,
-        rule: str,
-        needs: Sequence[str],
-        find: Callable[[], Finding],
-    ) -> None:
-        """Judge one claim by ``find``.
-
-        It is inconclusive where a condition that it needs was not run, or on too few seeds.
-        """
-        verdict, interval, why = "inconclusive", None, ""
-        if not self._outcome.has(*needs):
-            why = f"Not run: add --conditions all, or {','.join(needs)}."
-        else:
-            verdict, interval, why = find()
-            if self._outcome.seeds < FEWEST_SEEDS:
-                verdict = "inconclusive"
-                why += f" No verdict on fewer than {FEWEST_SEEDS} seeds."
-        self.claims.append(
-            {
-                "id": id_,
-                "statement": statement,
-                "source": self._source,
-                "decision_rule": rule,
-                "verdict": verdict,
-                "effect": None if interval is None else interval.mean,
-                "ci": None if interval is None else [interval.lo, interval.hi],
-                "level": 0.95,
-                "n": self._outcome.seeds,
-                "why": why,
-            }
-        )
-
-
-def verdict_above(intervals: Sequence[Interval], bound: float) -> str:
-    """``supported`` when every interval lies above ``bound``, ``refuted`` when one lies below."""
-    if all(interval.lo > bound for interval in intervals):
-        return "supported"
-    return "refuted" if any(interval.hi < bound for interval in intervals) else "inconclusive"
-
-
-def verdict_below(intervals: Sequence[Interval], bound: float) -> str:
-    """``supported`` when every interval lies below ``bound``, ``refuted`` when one lies above."""
-    return verdict_above([Interval(-i.mean, -i.hi, -i.lo) for i in intervals], -bound)
-
-
-def words(interval: Interval, digits: int = 0) -> str:
-    """An interval as ``mean [lo, hi]``."""
-    return f"{interval.mean:.{digits}f} [{interval.lo:.{digits}f}, {interval.hi:.{digits}f}]"
+    return write_study(
+        out, name, claims, conditions, columns, seeds=outcome.seeds, steps=steps, began=began,
+        spent_s=sum(result.wall_s for result in outcome.results.values()), command=command,
+    )  # fmt: skip

@@ -7,7 +7,8 @@ The lab is imported when cells of it run: studies on torch alone do not need JAX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,26 +62,52 @@ def write_all_metrics(path: Path, parts: Sequence[dict[str, np.ndarray]]) -> Non
     records.write_columns(path, columns)
 
 
-def study_record(
+def write_study(
+    out: Path,
     name: str,
     claims: list[dict[str, Any]],
     conditions: list[dict[str, Any]],
+    columns: Sequence[dict[str, np.ndarray]],
     *,
     seeds: int,
     steps: int,
-    wall_s: float,
+    began: float,
+    spent_s: float,
     command: str,
     packages: Sequence[str] = LAB,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of ``study.json``; ``packages`` are those whose versions matter."""
-    return {
+    """Write ``metrics.parquet`` and ``study.json``.
+
+    Args:
+        out: the study's folder.
+        name: the study's.
+        claims: with their verdicts.
+        conditions: a row each.
+        columns: the metrics of each cell.
+        seeds: of a condition, the most.
+        steps: of each seed, the most.
+        began: when the study began, by `time.perf_counter`.
+        spent_s: seconds that the cells took. Those that an earlier call finished count.
+        command: what a user typed.
+        packages: those whose versions matter.
+        more: entries of this study alone.
+
+    Returns:
+        The content of ``study.json``.
+    """
+    study = {
         "study": name,
         "claims": claims,
         "conditions": conditions,
         "seeds": seeds,
         "steps": steps,
-        "wall_s": wall_s,
+        "wall_s": max(time.perf_counter() - began, spent_s),
         "versions": records.versions(*packages),
         "machine": records.machine(),
         "command": command,
+        **(more or {}),
     }
+    write_all_metrics(out / "metrics.parquet", columns)
+    records.write_json(out / "study.json", study)
+    return study

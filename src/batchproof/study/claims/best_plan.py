@@ -43,13 +43,14 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import PRESETS, Plan
 from batchproof.study import plots, report
+from batchproof.study.judging import Finding, claim_row
 from batchproof.study.random_policy import random_returns
 from batchproof.study.statistics import (
     iqm_interval,
     mean_interval,
     paired_difference_interval,
 )
-from batchproof.study.study import Cell, run_cells, study_record, write_all_metrics
+from batchproof.study.study import Cell, run_cells, write_study
 
 NAME = "best-plan"
 SOURCE = "open question F3: plans beside CrossQ's (arXiv 1902.05605) and MA-BN's (arXiv 2509.23750)"
@@ -70,7 +71,6 @@ DEFAULT = ("TEETE", "TTEJJ")  # beside the named ones
 FINALISTS = 3  # plans that go on to the final, beside the named ones
 MARGIN = 0.05  # what counts as better
 LATE = 0.25  # share of training over which the return is averaged
-FEWEST_SEEDS = 5  # in the final; fewer give no verdict
 SCREEN_SEEDS = 2
 FINAL_SEEDS = 6
 FRESH = 1000  # the first seed of the final
@@ -188,17 +188,7 @@ def run(
         ran |= run_cells(list(final.values()), out, progress, command)
         finals = {key: late_returns(ran[cell.name]) for key, cell in final.items()}
         outcome = Outcome(tasks, algos, finalists, random, screens, finals, ran)
-        # Cells that an earlier call finished count with the time that they took.
-        wall_s = max(time.perf_counter() - began, sum(result.wall_s for result in ran.values()))
-        study = study_record(
-            NAME, judge(outcome), describe(outcome), seeds=seeds,
-            steps=max(length("final", task) for task in tasks), wall_s=wall_s, command=command,
-        )  # fmt: skip
-        study["returns_are"] = "Mean return in the last quarter of training"
-        study["finalists"] = list(finalists)
-        study["factors"] = factors(outcome)
-        study["differences"] = differences(outcome)
-        study["tasks"] = {
+        described = {
             task: {
                 "env": TASKS[task].env_id,
                 "screen_steps": length("screen", task) if screened else 0,
@@ -207,11 +197,19 @@ def run(
             }
             for task in tasks
         }
-        cells = [*screen.values(), *final.values()]
-        write_all_metrics(
-            out / "metrics.parquet", [_columns(cell.name, ran[cell.name]) for cell in cells]
-        )
-        records.write_json(out / "study.json", study)
+        names = [cell.name for cell in (*screen.values(), *final.values())]
+        study = write_study(
+            out, NAME, judge(outcome), describe(outcome), [_columns(n, ran[n]) for n in names],
+            seeds=seeds, steps=max(length("final", task) for task in tasks), began=began,
+            spent_s=sum(result.wall_s for result in ran.values()), command=command,
+            more={
+                "returns_are": "Mean return in the last quarter of training",
+                "finalists": list(finalists),
+                "factors": factors(outcome),
+                "differences": differences(outcome),
+                "tasks": described,
+            },
+        )  # fmt: skip
         _render(outcome, study, out)
     return study
 
@@ -428,33 +426,21 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
     seeds = min(len(values) for values in outcome.finals.values())
     whole = {plan for _, plan in outcome.screens} == set(PLANS)
 
-    def claim(id_: str, statement: str, rule: str, n: int, settled: Any) -> None:
-        verdict, found, why = settled
-        if seeds < FEWEST_SEEDS and id_ != "F3-slot3":
-            verdict = "inconclusive"
-            why += f" No verdict on fewer than {FEWEST_SEEDS} seeds."
+    def claim(id_: str, statement: str, rule: str, n: int, found: Finding) -> None:
+        screened = id_ == "F3-slot3"  # has its own runs, and a level without correction
         claims.append(
-            {
-                "id": id_,
-                "statement": statement,
-                "source": SOURCE,
-                "decision_rule": rule,
-                "prediction": PREDICTED[id_],
-                "missed": verdict not in ("inconclusive", PREDICTED[id_]),
-                "verdict": verdict,
-                "effect": None if found is None else _known(found.mean),
-                "ci": None if found is None else [_known(found.lo), _known(found.hi)],
-                "level": 0.95 if id_ == "F3-slot3" else _level(outcome),
-                "n": n,
-                "why": why,
-            }
-        )
+            claim_row(
+                id_, SOURCE, statement, rule, found if screened else found.on(seeds),
+                n=n, level=0.95 if screened else _level(outcome), prediction=PREDICTED[id_],
+            )
+        )  # fmt: skip
 
-    def compared(algo: str, others: tuple[str, ...]) -> Any:
+    def compared(algo: str, others: tuple[str, ...]) -> Finding:
         """Whether a finalist beats all of ``others``."""
         table = outcome.scores(algo)
         if not table or not outcome.finalists:
-            return "inconclusive", None, "No task was learned, or there is no finalist."
+            why = "No task was learned, or there is no finalist."
+            return Finding("inconclusive", None, why)
         found = {
             plan: {
                 other: iqm_interval(table[plan] - table[other], _level(outcome)) for other in others
@@ -483,7 +469,7 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             why += " That there is none takes the screen of all plans: --conditions all."
         if missing:
             why += f" Left out, for no condition beat a random policy: {', '.join(missing)}."
-        return verdict, best, why
+        return Finding(verdict, best, why)
 
     rule = (
         f"the screen's {FINALISTS} best plans by mean score meet the two with fresh seeds. "
@@ -520,8 +506,8 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
         "refuted when it lies above"
     )
     if pairs is None:
-        why = "Not run: add --conditions all."
-        claim("F3-slot3", statement, rule, 0, ("inconclusive", None, why))
+        missing = Finding("inconclusive", None, "Not run: add --conditions all.")
+        claim("F3-slot3", statement, rule, 0, missing)
     else:
         found = paired_difference_interval(*pairs)
         verdict = (
@@ -529,7 +515,7 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             else "refuted" if found.lo > -MARGIN else "inconclusive"
         )  # fmt: skip
         why = f"Score in T minus score in E: {found.mean:+.2f} [{found.lo:+.2f}, {found.hi:+.2f}]."
-        claim("F3-slot3", statement, rule, len(pairs[0]), (verdict, found, why))
+        claim("F3-slot3", statement, rule, len(pairs[0]), Finding(verdict, found, why))
     return claims
 
 

@@ -16,6 +16,7 @@ the actor's loss, on running statistics (``E``) instead of the batch's (``T``).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,15 @@ from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
 from batchproof.study.conditions import choose
+from batchproof.study.judging import (
+    FEWEST_SEEDS,
+    Finding,
+    Judge,
+    verdict_above,
+    verdict_below,
+)
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
-from batchproof.study.study import Cell, run_cells, study_record, write_all_metrics
+from batchproof.study.study import Cell, run_cells, write_study
 
 NAME = "constant-reward"
 SOURCE = "blog post on batch norm in TD3 and SAC (constant-reward environment)"
@@ -49,7 +57,6 @@ MARGIN = 3.0  # not worse: the interval of the difference lies above - 10 % of t
 FLIP = 10.0  # flipped: the interval of the difference lies above a third of the best
 ZERO_KAPPA = 1e-4  # zero to the rounding of float32, with room: the seeds' largest mean is below
 SEEN_KAPPA = 1e-2  # seen: the seeds' smallest mean is above
-FEWEST_SEEDS = 5  # as in the post; fewer give no verdict
 FULL_SEEDS = 10  # what the published verdicts stand on
 # Seeds of the truncated variant are the others plus this, so that one population holds both.
 TRUNCATED_OFFSET = 1000
@@ -196,14 +203,11 @@ def run(
     with records.locked(out):
         results = run_cells(cells, out, progress, command)
         outcome = _Outcome(chosen, endings, seeds, steps, results)
-        # Cells that an earlier call finished count with the time that they took.
-        wall_s = max(time.perf_counter() - began, sum(result.wall_s for result in results.values()))
-        study = study_record(
-            NAME, judge(outcome), describe(outcome),
-            seeds=seeds, steps=steps, wall_s=wall_s, command=command,
+        study = write_study(
+            out, NAME, judge(outcome), describe(outcome), [outcome.columns(c.name) for c in cells],
+            seeds=seeds, steps=steps, began=began,
+            spent_s=sum(result.wall_s for result in results.values()), command=command,
         )  # fmt: skip
-        write_all_metrics(out / "metrics.parquet", [outcome.columns(cell.name) for cell in cells])
-        records.write_json(out / "study.json", study)
         _render(outcome, study, out)
     return study
 
@@ -350,36 +354,27 @@ def _missed(predicted: float, returns: np.ndarray) -> bool:
 def judge(outcome: _Outcome) -> list[dict[str, Any]]:
     """Verdicts on D1 to D5 by the rules above, for the post's ending where it was run."""
     ending = outcome.endings[0]
-    n = outcome.seeds
-    claims = []
+    judged = Judge(outcome, SOURCE)
 
-    def claim(id_: str, statement: str, rule: str, needs: tuple[str, ...], settle: Any) -> None:
-        verdict, effect, interval, why = "inconclusive", None, None, ""
-        if not outcome.has(*needs):
-            why = f"Not run: add --conditions all, or {','.join(needs)}."
-        else:
-            others = [settle(other)[0] for other in outcome.endings[1:]]
-            verdict, effect, interval, why = settle(ending)
-            if others and n >= FEWEST_SEEDS:
-                same = "the same" if others[0] == verdict else others[0]
-                why += f" With episodes that end as truncated: {same}."
-            if n < FEWEST_SEEDS:
-                verdict = "inconclusive"
-                why += f" No verdict on fewer than {FEWEST_SEEDS} seeds."
-        claims.append(
-            {
-                "id": id_,
-                "statement": statement,
-                "source": SOURCE,
-                "decision_rule": rule,
-                "verdict": verdict,
-                "effect": effect,
-                "ci": interval,
-                "level": 0.95,
-                "n": n,
-                "why": why,
-            }
-        )
+    def claim(
+        id_: str,
+        statement: str,
+        rule: str,
+        needs: tuple[str, ...],
+        settle: Callable[[str], Finding],
+    ) -> None:
+        """Judged on the post's ending; another one that was run is told beside it."""
+
+        def find() -> Finding:
+            found = settle(ending)
+            others = [settle(other).verdict for other in outcome.endings[1:]]
+            if not others or outcome.seeds < FEWEST_SEEDS:
+                return found
+            same = "the same" if others[0] == found.verdict else others[0]
+            why = f"{found.why} With episodes that end as truncated: {same}."
+            return Finding(found.verdict, found.interval, why)
+
+        judged.claim(id_, statement, rule, needs, find)
 
     def means(key: str, ending: str) -> dict[str, Interval]:
         return {algo: mean_interval(outcome.counted(algo, key, ending)) for algo in ALGOS}
@@ -397,25 +392,26 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
             f"{algo.upper()} {i.mean:.1f} [{i.lo:.1f}, {i.hi:.1f}]" for algo, i in found.items()
         )
 
-    def lowest(found: dict[str, Interval]) -> tuple[float, list[float]]:
-        interval = min(found.values(), key=lambda i: i.lo)
-        return interval.mean, [interval.lo, interval.hi]
+    def lowest(found: dict[str, Interval]) -> Interval:
+        return min(found.values(), key=lambda i: i.lo)
 
-    def highest(found: dict[str, Interval]) -> tuple[float, list[float]]:
-        interval = max(found.values(), key=lambda i: i.hi)
-        return interval.mean, [interval.lo, interval.hi]
+    def highest(found: dict[str, Interval]) -> Interval:
+        return max(found.values(), key=lambda i: i.hi)
 
-    def d1(ending: str) -> Any:
+    def d1(ending: str) -> Finding:
         found = means("none", ending)
-        return (_above(found, SOLVED), *lowest(found), f"Final return: {words(found)}.")
+        verdict = verdict_above([*found.values()], SOLVED)
+        return Finding(verdict, lowest(found), f"Final return: {words(found)}.")
 
-    def d2(ending: str) -> Any:
+    def d2(ending: str) -> Finding:
         found = means("slot3-T", ending)
-        return (_below(found, FAILED), *highest(found), f"Final return: {words(found)}.")
+        verdict = verdict_below([*found.values()], FAILED)
+        return Finding(verdict, highest(found), f"Final return: {words(found)}.")
 
-    def d3(ending: str) -> Any:
+    def d3(ending: str) -> Finding:
         fixed, shifting = means("fixed-data-T", ending), means("slot3-E", ending)
-        fails, learns = _below(fixed, FAILED), _above(shifting, SOLVED)
+        fails = verdict_below([*fixed.values()], FAILED)
+        learns = verdict_above([*shifting.values()], SOLVED)
         both = {fails, learns}
         verdict = (
             "supported" if both == {"supported"}
@@ -425,21 +421,21 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
             f"With BN, slot 3 in T, on data that never shifts: {words(fixed)}. With BN, slot 3 "
             f"in E, on data that shifts as usual: {words(shifting)}."
         )
-        return (verdict, *highest(fixed), why)
+        return Finding(verdict, highest(fixed), why)
 
-    def d4(ending: str) -> Any:
+    def d4(ending: str) -> Finding:
         found = differences("slot3-E", "none", ending)
         worse = all(i.hi < -MARGIN for i in found.values())
         fine = all(i.lo > -MARGIN for i in found.values())
         verdict = "refuted" if fine else "supported" if worse else "inconclusive"
         why = f"BN with slot 3 in E minus no BN, in return: {words(found)}."
-        return (verdict, *lowest(found), why)
+        return Finding(verdict, lowest(found), why)
 
-    def d5(ending: str) -> Any:
+    def d5(ending: str) -> Finding:
         found = differences("slot3-E", "slot3-T", ending)
         blind = max(outcome.kappa(algo, "slot3-T", ending).max() for algo in ALGOS)
         seeing = min(outcome.kappa(algo, "slot3-E", ending).min() for algo in ALGOS)
-        flips = _above(found, FLIP)
+        flips = verdict_above([*found.values()], FLIP)
         explained = blind < ZERO_KAPPA and seeing > SEEN_KAPPA
         verdict = (
             "supported" if flips == "supported" and explained
@@ -449,7 +445,7 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
             f"Slot 3 in E minus slot 3 in T, in return: {words(found)}. The common share of the "
             f"actor's gradient, kappa, is at most {blind:.0e} in T and at least {seeing:.2f} in E."
         )
-        return (verdict, *lowest(found), why)
+        return Finding(verdict, lowest(found), why)
 
     claim(
         "D1",
@@ -495,19 +491,7 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
         ("slot3-T", "slot3-E"),
         d5,
     )
-    return claims
-
-
-def _above(found: dict[str, Interval], bound: float) -> str:
-    if all(i.lo > bound for i in found.values()):
-        return "supported"
-    return "refuted" if any(i.hi < bound for i in found.values()) else "inconclusive"
-
-
-def _below(found: dict[str, Interval], bound: float) -> str:
-    if all(i.hi < bound for i in found.values()):
-        return "supported"
-    return "refuted" if any(i.lo > bound for i in found.values()) else "inconclusive"
+    return judged.claims
 
 
 _COLORS = {"none": plots.BLACK, "slot3-T": plots.VERMILLION, "slot3-E": plots.BLUE}

@@ -51,16 +51,8 @@ from batchproof.lab.squashed_gaussian import draw_noise
 from batchproof.lab.training import NOT_DIVERGED, Training
 from batchproof.modes import E, Plan, Slot
 from batchproof.study import plots, report
-from batchproof.study.conditions import (
-    Finding,
-    Judge,
-    Outcome,
-    choose,
-    verdict_above,
-    verdict_below,
-    words,
-    write_study,
-)
+from batchproof.study.conditions import Outcome, choose, write_outcome
+from batchproof.study.judging import Finding, Judge, verdict_above, verdict_below, words
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
 
 NAME = "crossq-joint"
@@ -206,7 +198,7 @@ def run(
                 wanted, out / "cells" / key, progress, f"{i + 1}/{len(chosen)} {key}", command
             )
         outcome = Outcome(chosen, seeds, results)
-        study = write_study(
+        study = write_outcome(
             NAME, out, outcome, judge(outcome, biases), describe(outcome, biases),
             steps=max(int(result.metrics["step"].max()) for result in results.values()),
             began=began, command=command,

@@ -31,15 +31,8 @@ from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.study import plots, report
-from batchproof.study.conditions import (
-    Finding,
-    Judge,
-    Outcome,
-    choose,
-    verdict_above,
-    words,
-    write_study,
-)
+from batchproof.study.conditions import Outcome, choose, write_outcome
+from batchproof.study.judging import Finding, Judge, verdict_above, words
 from batchproof.study.statistics import difference_interval, mean_interval
 from batchproof.study.study import Cell, run_cells
 
@@ -151,7 +144,7 @@ def run(
     cells = [Cell(c.key, training(c, seeds, steps, width)) for c in chosen]
     with records.locked(out):
         outcome = Outcome(chosen, seeds, run_cells(cells, out, progress, command))
-        study = write_study(
+        study = write_outcome(
             NAME, out, outcome, judge(outcome), describe(outcome),
             steps=steps, began=began, command=command,
         )  # fmt: skip
@@ -237,8 +230,7 @@ def judge(outcome: Outcome[Condition]) -> list[dict[str, Any]]:
         longest = max(int(result.metrics["step"].max()) for result in outcome.results.values())
         if longest >= FEWEST_STEPS:
             return found
-        why = f"{found.why} No verdict before {FEWEST_STEPS} steps: this run has {longest}."
-        return Finding("inconclusive", found.interval, why)
+        return found.open(f"No verdict before {FEWEST_STEPS} steps: this run has {longest}.")
 
     def decays() -> Finding:
         found, own = difference_interval(lost("crossq"), lost("sac")), mean_interval(lost("crossq"))

@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +36,10 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
+from batchproof.study.judging import Finding, claim_row, not_run
 from batchproof.study.random_policy import random_returns
 from batchproof.study.statistics import Interval, mean_interval, paired_difference_interval
-from batchproof.study.study import Cell, run_cells, study_record, write_all_metrics
+from batchproof.study.study import Cell, run_cells, write_study
 
 NAME = "kappa-predicts"
 SOURCE = "open question F1: the explanation of constant-reward, beyond its toy"
@@ -191,13 +193,7 @@ def run(
         }
         starts = {task: _learning_starts(task, lengths[task]) for task in tasks}
         outcome = _Outcome(chosen, tasks, random, starts, results)
-        # Cells that an earlier call finished count with the time that they took.
-        wall_s = max(time.perf_counter() - began, sum(result.wall_s for result in results.values()))
-        study = study_record(
-            NAME, judge(outcome), describe(outcome),
-            seeds=max(counts.values()), steps=max(lengths.values()), wall_s=wall_s, command=command,
-        )  # fmt: skip
-        study["tasks"] = {
+        described = {
             task: {
                 "env": TASKS[task].env_id,
                 "steps": lengths[task],
@@ -206,8 +202,12 @@ def run(
             }
             for task in tasks
         }
-        write_all_metrics(out / "metrics.parquet", [outcome.columns(cell.name) for cell in cells])
-        records.write_json(out / "study.json", study)
+        study = write_study(
+            out, NAME, judge(outcome), describe(outcome), [outcome.columns(c.name) for c in cells],
+            seeds=max(counts.values()), steps=max(lengths.values()), began=began,
+            spent_s=sum(result.wall_s for result in results.values()), command=command,
+            more={"tasks": described},
+        )  # fmt: skip
         _render(outcome, study, out)
     return study
 
@@ -398,35 +398,22 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
     beyond = [task for task in outcome.tasks if task != "toy"]
     every = {task: outcome.runs(task) for task in outcome.tasks}
 
-    def claim(id_: str, statement: str, rule: str, tasks: list[str], settle: Any) -> None:
+    def claim(
+        id_: str, statement: str, rule: str, tasks: list[str], settle: Callable[[], Finding]
+    ) -> None:
         few = [task for task in tasks if every[task].score.shape[1] < TASKS[task].fewest]
         dead = [task for task in tasks if set(outcome.learnable(task)) != set(ALGOS)]
         runs = sum(every[task].score.size for task in tasks)
-        verdict, effect, interval, why = settle()
+        found = settle()
         if few:
-            verdict = "inconclusive"
-            why += f" No verdict on fewer than {TASKS[few[0]].fewest} seeds."
+            found = found.open(f"No verdict on fewer than {TASKS[few[0]].fewest} seeds.")
         if dead:
-            verdict = "inconclusive"
-            why += (
-                f" No verdict where an algorithm does not beat a random policy without norm "
+            found = found.open(
+                "No verdict where an algorithm does not beat a random policy without norm "
                 f"({', '.join(TASKS[task].env_id for task in dead)})."
             )
         claims.append(
-            {
-                "id": id_,
-                "statement": statement,
-                "source": SOURCE,
-                "decision_rule": rule,
-                "prediction": PREDICTED[id_],
-                "missed": verdict not in ("inconclusive", PREDICTED[id_]),
-                "verdict": verdict,
-                "effect": _known(effect),
-                "ci": [_known(interval.lo), _known(interval.hi)],
-                "level": 0.95,
-                "n": runs,
-                "why": why,
-            }
+            claim_row(id_, SOURCE, statement, rule, found, n=runs, prediction=PREDICTED[id_])
         )
 
     def decided(task: str) -> tuple[str, Interval]:
@@ -437,9 +424,9 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
         )  # fmt: skip
         return verdict, found
 
-    def on(task: str) -> Any:
+    def on(task: str) -> Finding:
         verdict, found = decided(task)
-        return verdict, found.mean, found, _shares(every[task])
+        return Finding(verdict, found, _shares(every[task]))
 
     rule = (
         f"a run is blind when its kappa, averaged over the first {EARLY:.0%} of training, is below "
@@ -450,9 +437,9 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
     )
     for task in outcome.tasks:
         statement = f"On {TASKS[task].env_id} kappa, early in training, tells who fails."
-        claim(f"F1-{task}", statement, rule, [task], lambda task=task: on(task))
+        claim(f"F1-{task}", statement, rule, [task], partial(on, task))
 
-    def overall() -> Any:
+    def overall() -> Finding:
         found = {task: decided(task) for task in beyond}
         verdicts = [verdict for verdict, _ in found.values()]
         verdict = (
@@ -460,7 +447,7 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
             else "supported" if set(verdicts) == {"supported"} else "inconclusive"
         )  # fmt: skip
         worst = min((interval for _, interval in found.values()), key=lambda i: i.mean)
-        return verdict, worst.mean, worst, _words({t: i for t, (_, i) in found.items()})
+        return Finding(verdict, worst, _words({t: i for t, (_, i) in found.items()}))
 
     claim(
         "F1",
@@ -471,7 +458,7 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
         overall,
     )
 
-    def size() -> Any:
+    def size() -> Finding:
         found = {task: resampled(every[task], seeing_tau) for task in beyond}
         verdict = (
             "supported" if all(i.lo > RANKED for i in found.values())
@@ -486,7 +473,7 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
             f"{_words(everyone)}. Chance that a run that learned had the higher kappa: "
             f"{_words(areas)}."
         )
-        return verdict, lowest.mean, lowest, why
+        return Finding(verdict, lowest, why)
 
     claim(
         "F1-size",
@@ -498,10 +485,9 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
         size,
     )
 
-    def harm() -> Any:
+    def harm() -> Finding:
         if not {"slot3-T", "slot3-E"} <= set(outcome.chosen):
-            nothing = Interval(math.nan, math.nan, math.nan)
-            return "inconclusive", None, nothing, "Not run: add slot3-T,slot3-E."
+            return not_run(("slot3-T", "slot3-E"))
         found = {
             (task, algo): paired_difference_interval(
                 outcome.scores(task, algo, "slot3-T"), outcome.scores(task, algo, "slot3-E")
@@ -519,7 +505,7 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
             f"{algo.upper()} on {TASKS[task].env_id} {_brackets(i)}"
             for (task, algo), i in found.items()
         )
-        return verdict, weakest.mean, weakest, why + "."
+        return Finding(verdict, weakest, why + ".")
 
     claim(
         "F1-harm",

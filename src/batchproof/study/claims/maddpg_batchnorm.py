@@ -35,8 +35,9 @@ from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
 from batchproof.study.conditions import choose
+from batchproof.study.judging import Finding, Judge, verdict_above, verdict_below
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
-from batchproof.study.study import Cell, run_cells, study_record, write_all_metrics
+from batchproof.study.study import Cell, run_cells, write_study
 
 NAME = "maddpg-batchnorm"
 SOURCE = "notebook of a course project on DDPG and MADDPG (two agents playing tennis)"
@@ -49,7 +50,6 @@ SOLVED = 0.5  # the course's: mean over 100 episodes of the better agent's retur
 FAILED = 0.25  # half of it
 MARGIN = 0.1  # one ball over the net: what counts as a difference on rally
 PARTICLE_MARGIN = 0.05  # share of the return without norm that counts as a difference elsewhere
-FEWEST_SEEDS = 5  # fewer give no verdict
 
 
 @dataclass(frozen=True)
@@ -225,14 +225,11 @@ def run(
     with records.locked(out):
         results = run_cells(cells, out, progress, command)
         outcome = _Outcome(chosen, seeds, results)
-        # Cells that an earlier call finished count with the time that they took.
-        wall_s = max(time.perf_counter() - began, sum(result.wall_s for result in results.values()))
-        study = study_record(
-            NAME, judge(outcome), describe(outcome),
-            seeds=seeds, steps=max(length[c.task] for c in chosen), wall_s=wall_s, command=command,
+        study = write_study(
+            out, NAME, judge(outcome), describe(outcome), [outcome.columns(c.name) for c in cells],
+            seeds=seeds, steps=max(length[c.task] for c in chosen), began=began,
+            spent_s=sum(result.wall_s for result in results.values()), command=command,
         )  # fmt: skip
-        write_all_metrics(out / "metrics.parquet", [outcome.columns(cell.name) for cell in cells])
-        records.write_json(out / "study.json", study)
         _render(outcome, study, out)
     return study
 
@@ -352,31 +349,8 @@ def _missed(predicted: float, scores: np.ndarray) -> bool:
 def judge(outcome: _Outcome) -> list[dict[str, Any]]:
     """Verdicts on B4 and on what would mend it, by the rules above."""
     by_key = {condition.key: condition for condition in outcome.conditions}
-    claims = []
-
-    def claim(id_: str, statement: str, rule: str, needs: tuple[str, ...], settle: Any) -> None:
-        verdict, effect, interval, why = "inconclusive", None, None, ""
-        if not outcome.has(*needs):
-            why = f"Not run: add --conditions all, or {','.join(needs)}."
-        else:
-            verdict, effect, interval, why = settle()
-            if outcome.seeds < FEWEST_SEEDS:
-                verdict = "inconclusive"
-                why += f" No verdict on fewer than {FEWEST_SEEDS} seeds."
-        claims.append(
-            {
-                "id": id_,
-                "statement": statement,
-                "source": SOURCE,
-                "decision_rule": rule,
-                "verdict": verdict,
-                "effect": effect,
-                "ci": interval,
-                "level": 0.95,
-                "n": outcome.seeds,
-                "why": why,
-            }
-        )
+    judged = Judge(outcome, SOURCE)
+    claim = judged.claim
 
     def means(key: str) -> dict[str, Interval]:
         return {algo: mean_interval(outcome.scores(algo, by_key[key])) for algo in ALGOS}
@@ -392,11 +366,10 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
             for name, i in found.items()
         )
 
-    def lowest(found: dict[str, Interval]) -> tuple[float, list[float]]:
-        interval = min(found.values(), key=lambda i: i.lo)
-        return interval.mean, [interval.lo, interval.hi]
+    def lowest(found: dict[str, Interval]) -> Interval:
+        return min(found.values(), key=lambda i: i.lo)
 
-    def b4() -> Any:
+    def b4() -> Finding:
         skipped, without = means("bypass"), means("none")
         solvable = [algo for algo in ALGOS if without[algo].lo > SOLVED]
         fails = [algo for algo in solvable if skipped[algo].hi < SOLVED]
@@ -405,41 +378,29 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
             else "refuted" if solvable and all(skipped[a].lo > SOLVED for a in solvable)
             else "inconclusive"
         )  # fmt: skip
-        return (
-            verdict,
-            *lowest(skipped),
+        why = (
             f"Score with batch norm skipped when acting: {words(skipped)}. Without batch norm: "
-            f"{words(without)}.",
+            f"{words(without)}."
         )
+        return Finding(verdict, lowest(skipped), why)
 
-    def b4_eval() -> Any:
+    def b4_eval() -> Finding:
         found = {algo: difference(algo, "eval", "bypass") for algo in ALGOS}
-        verdict = (
-            "supported" if all(i.lo > MARGIN for i in found.values())
-            else "refuted" if any(i.hi < MARGIN for i in found.values())
-            else "inconclusive"
-        )  # fmt: skip
-        return verdict, *lowest(found), f"Score in E minus skipped: {words(found)}."
+        verdict = verdict_above([*found.values()], MARGIN)
+        return Finding(verdict, lowest(found), f"Score in E minus skipped: {words(found)}.")
 
-    def b4_train() -> Any:
+    def b4_train() -> Finding:
         found = means("train")
-        verdict = (
-            "supported" if all(i.hi < SOLVED for i in found.values())
-            else "refuted" if any(i.lo > SOLVED for i in found.values())
-            else "inconclusive"
-        )  # fmt: skip
-        return verdict, *lowest(found), f"Score: {words(found)}."
+        verdict = verdict_below([*found.values()], SOLVED)
+        return Finding(verdict, lowest(found), f"Score: {words(found)}.")
 
-    def b4_ddpg() -> Any:
+    def b4_ddpg() -> Finding:
         found = {algo: difference(algo, "ddpg-placement", "none") for algo in ALGOS}
-        verdict = (
-            "supported" if all(i.lo > -MARGIN for i in found.values())
-            else "refuted" if any(i.hi < -MARGIN for i in found.values())
-            else "inconclusive"
-        )  # fmt: skip
-        return verdict, *lowest(found), f"Score minus that without batch norm: {words(found)}."
+        verdict = verdict_above([*found.values()], -MARGIN)
+        why = f"Score minus that without batch norm: {words(found)}."
+        return Finding(verdict, lowest(found), why)
 
-    def b4_particles() -> Any:
+    def b4_particles() -> Finding:
         found, bounds = {}, {}
         for task in PARTICLES:
             found[TASKS[task].title] = difference("maddpg", f"{task}-bypass", f"{task}-eval")
@@ -452,7 +413,7 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
         )  # fmt: skip
         counts = ", ".join(f"{name} {-bound:.1f}" for name, bound in bounds.items())
         why = f"Return skipped minus in E: {words(found, 1)}. What counts as a loss: {counts}."
-        return verdict, *lowest(found), why
+        return Finding(verdict, lowest(found), why)
 
     claim(
         "B4",
@@ -499,7 +460,7 @@ def judge(outcome: _Outcome) -> list[dict[str, Any]]:
         tuple(f"{task}-{key}" for task in PARTICLES for key in ("none", "bypass", "eval")),
         b4_particles,
     )
-    return claims
+    return judged.claims
 
 
 _COLORS = {

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +46,9 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import Mode, Plan
 from batchproof.study import plots, report
+from batchproof.study.judging import Finding, Judge
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
-from batchproof.study.study import Cell, run_cells, study_record, write_all_metrics
+from batchproof.study.study import Cell, run_cells, write_study
 
 NAME = "momentum-outliers"
 SOURCE = "forum thread: episodic policy learning, batch norm, train and eval mode"
@@ -183,12 +184,10 @@ def run(
             watched,
             {name: _final_returns(name, result.metrics, seeds) for name, result in results.items()},
         )
-        study = study_record(
-            NAME, judge(outcome), describe(outcome), seeds=seeds, steps=steps,
-            wall_s=max(time.perf_counter() - began, spent), command=command,
+        study = write_study(
+            out, NAME, judge(outcome), describe(outcome), list(_columns(outcome)),
+            seeds=seeds, steps=steps, began=began, spent_s=spent, command=command,
         )  # fmt: skip
-        write_all_metrics(out / "metrics.parquet", list(_columns(outcome)))
-        records.write_json(out / "study.json", study)
         _render(outcome, study, out)
     return study
 
@@ -481,6 +480,10 @@ class Outcome:
     watched: dict[str, Watched]
     lab: dict[str, dict[str, np.ndarray]]
 
+    def has(self, *keys: str) -> bool:
+        """Whether all of these groups were run."""
+        return set(keys) <= {*self.watched, *(["eval-only"] if "eval-only" in self.lab else [])}
+
     def _arm(self, values: np.ndarray, arm: str) -> np.ndarray:
         return values.reshape(2, self.seeds, *values.shape[1:])[ARMS.index(arm)]
 
@@ -575,39 +578,9 @@ def _words(interval: Interval) -> str:
 
 def judge(outcome: Outcome) -> list[dict[str, Any]]:
     """Verdicts on C1 to C5, with the readings that the thread leaves open (b) and the lag (L)."""
-    claims = []
-    n = outcome.seeds
+    judged = Judge(outcome, SOURCE, FEWEST_SEEDS)
+    claim = judged.claim
     default, thread = Watcher("ema", DEFAULT_RHO), Watcher("ema", THREAD_RHO)
-
-    def claim(
-        id_: str,
-        statement: str,
-        rule: str,
-        needs: tuple[str, ...],
-        settle: Callable[[], tuple[str, Interval, str]],
-    ) -> None:
-        verdict, why = "inconclusive", f"Not run: add --conditions {','.join(needs)}."
-        effect, ci = None, None
-        if set(needs) <= {*outcome.watched, *(["eval-only"] if "eval-only" in outcome.lab else [])}:
-            verdict, interval, why = settle()
-            effect, ci = interval.mean, [interval.lo, interval.hi]
-            if n < FEWEST_SEEDS:
-                verdict = "inconclusive"
-                why += f" No verdict on fewer than {FEWEST_SEEDS} seeds."
-        claims.append(
-            {
-                "id": id_,
-                "statement": statement,
-                "source": SOURCE,
-                "decision_rule": rule,
-                "verdict": verdict,
-                "effect": effect,
-                "ci": ci,
-                "level": 0.95,
-                "n": n,
-                "why": why,
-            }
-        )
 
     def of(agent: str, arm: str, watcher: Watcher, frozen: int = 0) -> Interval:
         return mean_interval(outcome.scores(agent, arm, watcher, frozen))
@@ -621,35 +594,36 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
     def negate(yes: bool | None) -> bool | None:
         return None if yes is None else not yes
 
-    def c1() -> tuple[str, Interval, str]:
+    def c1() -> Finding:
         interval = mean_interval(score(outcome.train_returns("linear", "on")))
         why = (
             f"With outliers, at rho = {DEFAULT_RHO:g}, judged in train mode: {_words(interval)}. "
             "In train mode the running statistics are written and never read, so no rho can "
             "matter to the training."
         )
-        return verdict(negate(works(interval))), interval, why
+        return Finding(verdict(negate(works(interval))), interval, why)
 
-    def c1b() -> tuple[str, Interval, str]:
+    def c1b() -> Finding:
         sweep = {w.rho: of("linear", "on", w) for w in SWEEP if w.rho != 0.9}
         above = [works(i) for rho, i in sweep.items() if rho > 0.9]
         below = [negate(works(i)) for rho, i in sweep.items() if rho < 0.9]
         told = ", ".join(f"{rho:g}: {_words(i)}" for rho, i in sweep.items())
-        return verdict(above[0], *above[1:], *below), sweep[THREAD_RHO], f"Score by rho {told}."
+        yes = verdict(above[0], *above[1:], *below)
+        return Finding(yes, sweep[THREAD_RHO], f"Score by rho {told}.")
 
-    def c2() -> tuple[str, Interval, str]:
+    def c2() -> Finding:
         found = of("linear", "on", default)
         train = mean_interval(score(outcome.train_returns("linear", "on")))
         why = f"Train mode {_words(train)}, eval mode right after {_words(found)}."
-        return verdict(works(train), negate(works(found))), found, why
+        return Finding(verdict(works(train), negate(works(found))), found, why)
 
-    def c2b() -> tuple[str, Interval, str]:
+    def c2b() -> Finding:
         found = {agent: of(agent, "on", thread) for agent in AGENTS}
         why = ", ".join(f"{_AGENT_WORDS[a]} {_words(i)}" for a, i in found.items())
         fails = [negate(works(i)) for i in found.values()]
-        return verdict(*fails), found["linear"], f"Eval mode right after: {why}."
+        return Finding(verdict(*fails), found["linear"], f"Eval mode right after: {why}.")
 
-    def c3() -> tuple[str, Interval, str]:
+    def c3() -> Finding:
         found = of("linear", "on", default, FEW)
         later = of("linear", "on", default, WINDOW)
         at_once = of("linear", "on", thread, FEW)
@@ -657,26 +631,26 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             f"After {FEW} frozen batches {_words(found)}, after {WINDOW} {_words(later)}. At rho = "
             f"{THREAD_RHO:g} after {FEW}: {_words(at_once)}."
         )
-        return verdict(works(found)), found, why
+        return Finding(verdict(works(found)), found, why)
 
-    def lag() -> tuple[str, Interval, str]:
+    def lag() -> Finding:
         before, after = of("mlp", "off", default), of("mlp", "off", default, FEW)
         why = f"MLP without outliers: {_words(before)} right after, {_words(after)} after {FEW}."
-        return verdict(negate(works(before)), works(after)), before, why
+        return Finding(verdict(negate(works(before)), works(after)), before, why)
 
-    def c4() -> tuple[str, Interval, str]:
+    def c4() -> Finding:
         found = mean_interval(score(outcome.lab["eval-only"]["raw"]))
-        return verdict(negate(works(found))), found, f"Only eval mode: {_words(found)}."
+        return Finding(verdict(negate(works(found))), found, f"Only eval mode: {_words(found)}.")
 
-    def c4b() -> tuple[str, Interval, str]:
+    def c4b() -> Finding:
         found = mean_interval(score(outcome.lab["eval-only"]["standardized"]))
         why = (
             "Only eval mode, on observations that have mean 0 and variance 1, as the initial "
             f"statistics say: {_words(found)}."
         )
-        return verdict(negate(works(found))), found, why
+        return Finding(verdict(negate(works(found))), found, why)
 
-    def c5() -> tuple[str, Interval, str]:
+    def c5() -> Finding:
         off, on = (outcome.scores("linear", arm, default) for arm in ("off", "on"))
         outliers = difference_interval(off, on)
         frozen = difference_interval(outcome.scores("linear", "on", default, FEW), on)
@@ -689,7 +663,7 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             f"{told}."
         )
         clear = True if outliers.lo > CLEAR else False if outliers.hi < CLEAR else None
-        return verdict(clear, *rescued), outliers, why
+        return Finding(verdict(clear, *rescued), outliers, why)
 
     line = f"the 95 % interval of the mean score lies above {WORKS:g}"
     claim(
@@ -762,7 +736,7 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
         ("linear",),
         c5,
     )
-    return claims
+    return judged.claims
 
 
 def _columns(outcome: Outcome) -> Any:

@@ -28,13 +28,14 @@ from batchproof import records
 from batchproof.errors import BatchproofError
 from batchproof.study import plots, report
 from batchproof.study.conditions import choose
+from batchproof.study.judging import Finding, claim_row
 from batchproof.study.pixels import FRAMES, PACKAGES, Cell, Result, run_cells
 from batchproof.study.statistics import (
     Interval,
     difference_interval,
     mean_interval,
 )
-from batchproof.study.study import study_record, write_all_metrics
+from batchproof.study.study import write_study
 
 NAME = "naturecnn-breakout"
 SOURCE = "feature request: optional batch norm in NatureCNN (Stable-Baselines3 issue 2131)"
@@ -156,24 +157,20 @@ def run(
         outcome = finished(chosen, numbers, steps, results)
         if not outcome.seeds:
             raise BatchproofError("no training is finished: give --budget more time")
-        # Cells that an earlier call finished count with the time that they took.
         spent = sum(result.record["wall_s"] for result in results.values())
-        wall_s = max(time.perf_counter() - began, spent / records.machine()["cores"])
-        study = study_record(
-            NAME, judge(outcome), describe(outcome), seeds=max(outcome.seeds.values()),
-            steps=steps, wall_s=wall_s, command=command, packages=PACKAGES,
-        )  # fmt: skip
-        study |= {
-            "frames": steps * FRAMES,
-            "cures": cures(outcome),
-            "returns_are": "Final raw game score, actions drawn",
-            "trainings": {"asked": len(cells), "finished": sum(outcome.seeds.values())},
-        }
-        write_all_metrics(
-            out / "metrics.parquet",
+        study = write_study(
+            out, NAME, judge(outcome), describe(outcome),
             [outcome.columns(cell) for cell in outcome.cells()],
-        )
-        records.write_json(out / "study.json", study)
+            seeds=max(outcome.seeds.values()), steps=steps, began=began,
+            spent_s=spent / records.machine()["cores"],  # as many side by side
+            command=command, packages=PACKAGES,
+            more={
+                "frames": steps * FRAMES,
+                "cures": cures(outcome),
+                "returns_are": "Final raw game score, actions drawn",
+                "trainings": {"asked": len(cells), "finished": sum(outcome.seeds.values())},
+            },
+        )  # fmt: skip
         _render(outcome, study, out)
     return study
 
@@ -292,35 +289,19 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
         statement: str,
         rule: str,
         needs: tuple[tuple[str, ...], ...],
-        decide: Callable[[list[tuple[str, ...]]], tuple[str, float | None, list[float], str]],
+        decide: Callable[[list[tuple[str, ...]]], Finding],
     ) -> None:
         """``needs``: groups of conditions; those groups that ran are judged, one is enough."""
         ran = [group for group in needs if outcome.has(*group)]
-        verdict, effect, interval, why = "inconclusive", None, [np.nan, np.nan], ""
-        n = 0
+        ran = [group for group in needs if outcome.has(*group)]
+        n = min((outcome.seeds[key] for group in ran for key in group), default=0)
         if ran:
-            n = min(outcome.seeds[key] for group in ran for key in group)
-            verdict, effect, interval, why = decide(ran)
-            if n < FEWEST_SEEDS[id_]:
-                verdict = "inconclusive"
-                why += f" No verdict on fewer than {FEWEST_SEEDS[id_]} seeds."
+            found = decide(ran).on(n, FEWEST_SEEDS[id_])
         else:
             groups = " or ".join(", ".join(group) for group in needs)
-            why = f"Needs the conditions {groups}."
+            found = Finding("inconclusive", None, f"Needs the conditions {groups}.")
         claims.append(
-            {
-                "id": id_,
-                "statement": statement,
-                "source": SOURCE,
-                "decision_rule": rule,
-                "prediction": PREDICTED[id_],
-                "verdict": verdict,
-                "effect": effect,
-                "ci": interval,
-                "level": 0.95,
-                "n": n,
-                "why": why,
-            }
+            claim_row(id_, SOURCE, statement, rule, found, n=n, prediction=PREDICTED[id_])
         )
 
     def schedule(key: str) -> str:
@@ -330,7 +311,7 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
         """Whether both schedules ran: one says nothing of "each" and "every"."""
         return len(ran) == 2
 
-    def e1(ran: list[tuple[str, ...]]) -> Any:
+    def e1(ran: list[tuple[str, ...]]) -> Finding:
         found = {key: mean_interval(outcome.final(key)) for (key,) in ran}
         frames = {key: mean_interval(outcome.at_frames(key)) for (key,) in ran}
         verdict = (
@@ -345,9 +326,9 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             for key, i in found.items()
         )
         why = f"Mean score, {why}.{'' if both(ran) else ONE_SCHEDULE}"
-        return verdict, best.mean, [best.lo, best.hi], why
+        return Finding(verdict, best, why)
 
-    def e2(ran: list[tuple[str, ...]]) -> Any:
+    def e2(ran: list[tuple[str, ...]]) -> Finding:
         pairs = {
             bn: (
                 difference_interval(outcome.early(bn), outcome.early(none)),
@@ -367,14 +348,14 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             for bn, (early, final) in pairs.items()
         )
         why = f"BN minus none, {why}.{'' if both(ran) else ONE_SCHEDULE}"
-        return verdict, lowest.mean, [lowest.lo, lowest.hi], why
+        return Finding(verdict, lowest, why)
 
-    def e3(ran: list[tuple[str, ...]]) -> Any:
+    def e3(ran: list[tuple[str, ...]]) -> Finding:
         found = difference_interval(outcome.early("layer"), outcome.early("bn"))
         why = f"Mean score over the first half, layer norm minus BN: {_words(found)}."
-        return _sign(found, below=True), found.mean, [found.lo, found.hi], why
+        return Finding(_sign(found, below=True), found, why)
 
-    def e4(ran: list[tuple[str, ...]]) -> Any:
+    def e4(ran: list[tuple[str, ...]]) -> Finding:
         falls = outcome.fall("group"), outcome.fall("bn")
         times = [np.log(outcome.seconds(key)) for key in ("group", "bn")]
         factor = Interval(*np.exp(difference_interval(*times)))
@@ -383,7 +364,7 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
         runtime = f"An update of group norm takes {_words(factor, 2)} times that of BN."
         if not np.isfinite(np.concatenate(falls)).all():
             why = f"Too few games for the falls of the learning curves. {runtime}"
-            return "refuted" if other else "inconclusive", None, [np.nan, np.nan], why
+            return Finding("refuted" if other else "inconclusive", None, why)
         found = difference_interval(*falls)
         stabler = _sign(found, below=True)
         verdict = (
@@ -391,9 +372,9 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             else "refuted" if stabler == "refuted" or other else "inconclusive"
         )  # fmt: skip
         why = f"Largest fall of the learning curve, group norm minus BN: {_words(found, 2)}. "
-        return verdict, found.mean, [found.lo, found.hi], why + runtime
+        return Finding(verdict, found, why + runtime)
 
-    def e5(ran: list[tuple[str, ...]]) -> Any:
+    def e5(ran: list[tuple[str, ...]]) -> Finding:
         def lost(key: str) -> np.ndarray:
             base, high = outcome.final(key), outcome.final(f"{key}-lr4")
             paired = min(len(base), len(high))  # the same seeds, at both learning rates
@@ -404,7 +385,7 @@ def judge(outcome: Outcome) -> list[dict[str, Any]]:
             f"Score lost by 4 x the learning rate: {_words(mean_interval(lost('none')))} without a "
             f"norm, {_words(mean_interval(lost('bn')))} with BN; difference {_words(found)}."
         )
-        return _sign(found), found.mean, [found.lo, found.hi], why
+        return Finding(_sign(found), found, why)
 
     claim(
         "E1",

@@ -32,15 +32,8 @@ from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.study import plots, report
-from batchproof.study.conditions import (
-    Finding,
-    Judge,
-    Outcome,
-    choose,
-    verdict_above,
-    words,
-    write_study,
-)
+from batchproof.study.conditions import Outcome, choose, write_outcome
+from batchproof.study.judging import Finding, Judge, verdict_above, words
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
 from batchproof.study.study import Cell, run_cells
 
@@ -178,7 +171,7 @@ def run(
     cells = [Cell(c.key, training(c, seeds, steps)) for c in chosen]
     with records.locked(out):
         outcome = Outcome(chosen, seeds, run_cells(cells, out, progress, command))
-        study = write_study(
+        study = write_outcome(
             NAME, out, outcome, judge(outcome), describe(outcome),
             steps=steps, began=began, command=command,
         )  # fmt: skip

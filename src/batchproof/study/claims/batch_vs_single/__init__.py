@@ -30,7 +30,7 @@ from batchproof.study.claims.batch_vs_single.measures import measure
 from batchproof.study.claims.batch_vs_single.page import render
 from batchproof.study.claims.batch_vs_single.training import train_cell
 from batchproof.study.claims.batch_vs_single.verdicts import describe, judge
-from batchproof.study.study import study_record, write_all_metrics
+from batchproof.study.study import write_study
 
 NAME = "batch-vs-single"
 
@@ -77,15 +77,12 @@ def run(
             cells[condition.key] = train_cell(condition, seeds, steps, out, progress, label)
         measuring = time.perf_counter()
         found = measure(cells["act-E"], cells, progress)
-        # Cells that an earlier call finished count with the time that they took.
         spent = sum(cell.wall_s for cell in cells.values()) + time.perf_counter() - measuring
-        study = study_record(
-            NAME, judge(found, cells, seeds), describe(found, cells),
-            seeds=seeds, steps=steps, wall_s=max(spent, time.perf_counter() - began),
-            command=command,
+        study = write_study(
+            out, NAME, judge(found, cells, seeds), describe(found, cells),
+            [cell.columns() for cell in cells.values()],
+            seeds=seeds, steps=steps, began=began, spent_s=spent, command=command,
+            more={"measures": found},
         )  # fmt: skip
-        study["measures"] = found
-        write_all_metrics(out / "metrics.parquet", [cell.columns() for cell in cells.values()])
-        records.write_json(out / "study.json", study)
         render(found, cells, study, out)
     return study

@@ -28,7 +28,7 @@ from batchproof.study.claims.batch_vs_single.conditions import (
     config_of,
 )
 from batchproof.study.claims.batch_vs_single.training import Trained
-from batchproof.study.conditions import FEWEST_SEEDS, verdict_above
+from batchproof.study.judging import Finding, claim_row, verdict_above
 from batchproof.study.statistics import Interval, mean_interval, paired_difference_interval
 
 FLOOR = FLOORS["float32"]
@@ -75,27 +75,14 @@ class Judged(NamedTuple):
 def judge(found: dict[str, Any], cells: dict[str, Trained], seeds: int) -> list[dict[str, Any]]:
     """Verdicts on A1 to A6 and B1 to B3, as ``study.json`` holds them."""
     evidence = Evidence(found, cells)
-    claims = []
+    rows = []
     for claim in (a1, a2, a3, a4, a5, a6, b1, b2, b3):
-        id_, source, statement, rule, verdict, interval, why = claim(evidence)
-        if seeds < FEWEST_SEEDS:
-            verdict = "inconclusive"
-            why += f" No verdict on fewer than {FEWEST_SEEDS} seeds."
-        claims.append(
-            {
-                "id": id_,
-                "statement": statement,
-                "source": source,
-                "decision_rule": rule,
-                "verdict": verdict,
-                "effect": None if interval is None else interval.mean,
-                "ci": None if interval is None else [interval.lo, interval.hi],
-                "level": 0.95,
-                "n": seeds,
-                "why": why,
-            }
+        judged = claim(evidence)
+        finding = Finding(judged.verdict, judged.interval, judged.why).on(seeds)
+        rows.append(
+            claim_row(judged.id, judged.source, judged.statement, judged.rule, finding, n=seeds)
         )
-    return claims
+    return rows
 
 
 def a1(evidence: Evidence) -> Judged:
