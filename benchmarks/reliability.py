@@ -816,20 +816,25 @@ def every_byte(place: Place, wholes: dict[str, Whole]) -> list[dict[str, Any]]:
 # --- results ----------------------------------------------------------------------------------
 
 
-def failed_runs(runs: Sequence[dict[str, Any]]) -> int:
-    """How many runs did not end, or ended with other files."""
-    return sum(bool(run["code"] or run["differs"] or run["stderr"]) for run in runs)
+def other_files(run: dict[str, Any]) -> bool:
+    """Whether a run ended with other files than one that was never stopped."""
+    return bool(run["differs"])
+
+
+def other_exit(run: dict[str, Any]) -> bool:
+    """Whether its last process ended with another exit code than 0, or complained."""
+    return bool(run["code"] or run["stderr"])
 
 
 def kills_table(record: dict[str, Any]) -> str:
     """The kills as Markdown."""
     lines = [
         "| command | runs | kills | killed more than once | kills at a file operation "
-        "| ended otherwise than a run that was never stopped |",
-        "|---|---|---|---|---|---|",
+        "| other files than a run that was never stopped | exit code other than 0 |",
+        "|---|---|---|---|---|---|---|",
     ]
     left: Counter[str] = Counter()
-    sums = np.zeros(5, int)
+    sums = np.zeros(6, int)
     for subject in SUBJECTS:
         runs, exact = record["kills"][subject], record["operation_kills"][subject]
         for run in [*runs, *exact]:
@@ -839,7 +844,8 @@ def kills_table(record: dict[str, Any]) -> str:
             sum(len(run["killed_after_s"]) for run in runs),
             sum(len(run["killed_after_s"]) > 1 for run in runs),
             len(exact),
-            failed_runs([*runs, *exact]),
+            sum(map(other_files, [*runs, *exact])),
+            sum(map(other_exit, [*runs, *exact])),
         )
         sums += row
         lines.append(f"| {subject} | " + " | ".join(map(str, row)) + " |")
