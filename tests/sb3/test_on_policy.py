@@ -135,8 +135,9 @@ def test_without_a_norm_the_first_ratio_is_one():
 
 
 @pytest.mark.parametrize("norm", ["torch", "batch", "renorm"])
-def test_frozen_is_one_from_the_first_update_on(norm):
-    for figures in firsts("frozen", norm):
+@pytest.mark.parametrize("how", ["frozen", "preserved"])
+def test_new_statistics_leave_a_first_ratio_of_one_from_the_first_update_on(how, norm):
+    for figures in firsts(how, norm):
         assert figures["first_ratio_error"] < ROUNDING
         assert abs(figures["first_kl"]) < ROUNDING**2
         assert figures["first_clip_fraction"] == 0.0
@@ -253,6 +254,46 @@ def test_after_refresh_eval_and_train_mode_agree_on_those_rows():
     policy.set_training_mode(True)
     trained = policy.get_distribution(rows).distribution.logits
     torch.testing.assert_close(evaled, trained, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["torch", "batch", "renorm"])
+def test_preserved_changes_the_statistics_and_not_the_policy(norm):
+    model = make(norm=norm)
+    model.learn(128)  # so that weights and biases are no longer 1 and 0
+    policy = model.policy
+    rows = torch.randint(0, 255, (64, 1, 12, 12), dtype=torch.uint8)
+    policy.set_training_mode(False)
+    before, was = policy.get_distribution(rows).distribution.logits, state(model)
+    refresh(policy, rows, preserve=True)
+    after = policy.get_distribution(rows).distribution.logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    inputs = []
+    layer = policy.features_extractor.net[1]
+    with torch.no_grad():
+        handle = layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        policy.get_distribution(rows)
+        handle.remove()
+    dims = [0, *range(2, inputs[0].ndim)]
+    torch.testing.assert_close(layer.running_mean, inputs[0].mean(dims), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(layer.running_mean, was["features_extractor.net.1.running_mean"])
+
+
+def test_what_new_statistics_change_is_measured():
+    kls = {}
+    for how in ("frozen", "preserved", "library"):
+        watch = OnPolicyModes(how)
+        learned(watch)
+        kls[how] = watch.refresh_kl
+    assert kls["frozen"] > max(1e-7, 10 * abs(kls["preserved"]))
+    assert abs(kls["preserved"]) < 1e-6
+    assert kls["library"] == 0.0
+
+
+def test_preserved_needs_layers_with_weight_and_bias():
+    model = make(norm="batch")
+    model.policy.features_extractor.net[1].bias = None
+    with pytest.raises(BatchproofError, match="affine=True"):
+        model.learn(128, callback=OnPolicyModes("preserved"))
 
 
 def test_statistics_stand_still_within_an_update_and_a_rollout():

@@ -13,6 +13,7 @@ measures this in every update and cures it in the way that its first argument na
 | ``train`` | T, on the batch of environments | T | not 1: the two batches differ |
 | ``eval-after`` | E | T for ``warmup`` updates, then E | 1 after the warm-up |
 | ``frozen`` | E | E; statistics are taken anew from the rollout after each update | 1 |
+| ``preserved`` | E | the same, and weights and biases make up for the new statistics | 1 |
 | ``renorm`` | E | T, on Batch Renorm layers | 1 where r and d are not clipped |
 | ``mdr`` | E | T, then E in the last ``rectified`` epochs | not 1; the update ends in E |
 
@@ -20,7 +21,12 @@ measures this in every update and cures it in the way that its first argument na
 after the update and before the next rollout is collected, from the observations of the last one at
 the new weights. The policy that acts is then exactly the one that is updated, and no stored
 log-probability has to be computed again. (Taking them between collecting and updating would need
-new log-probabilities and values, and the actions would still be another policy's.)
+new log-probabilities and values, and the actions would still be another policy's.) Still they are
+another policy than the one that the update arrived at, by a step that PPO does not clip.
+
+**preserved.** The same, but each layer's weight and bias take up what its new statistics change, so
+that the policy stays the function that the update arrived at (as Pop-Art does for targets, arXiv
+1602.07714). Only the gradient's coordinates are normalized anew.
 
 **mdr** follows what is published of mode-dependent rectification (arXiv 2602.05619): each update
 has two phases on the same rollout, the usual one in train mode and a rectification in eval mode,
@@ -35,12 +41,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import kl_divergence
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor, nn
 
@@ -49,13 +57,21 @@ from batchproof.layers import mode_layers, use_mode
 from batchproof.layers.batch_renorm import _BatchRenorm
 from batchproof.layers.moments import moments
 
-HOW = ("library", "train", "eval-after", "frozen", "renorm", "mdr")
+HOW = ("library", "train", "eval-after", "frozen", "preserved", "renorm", "mdr")
 """The ways to use the modes of normalization on-policy."""
 
 MOST_ROWS = 1024
-"""Observations of a rollout, spread evenly over it, that ``frozen`` takes its statistics from."""
+"""Observations of a rollout, spread evenly over it, that new statistics are taken from."""
 
-_RUNNING = (("running_mean", "running_var"), ("ra_mean", "ra_var"))
+KL_ROWS = 256
+"""Of these, the observations on which the policies before and after are compared."""
+
+_REFRESHED = ("frozen", "preserved")
+# Names of running mean, running variance, weight and bias: PyTorch's, and sb3-contrib's.
+_NAMES = (
+    ("running_mean", "running_var", "weight", "bias"),
+    ("ra_mean", "ra_var", "scale", "bias"),
+)
 
 
 class OnPolicyModes(BaseCallback):
@@ -72,7 +88,12 @@ class OnPolicyModes(BaseCallback):
         share of rows with abs(r - 1) above the clip range (PPO).
 
     Without batch norm or dropout they are 0, up to the rounding between a batch of environments and
-    a minibatch. `first` holds those of the last update without the prefix.
+    a minibatch. `first` holds those of the last update without the prefix. Where statistics are
+    taken anew after an update there is also
+
+    ``batchproof/refresh_kl``
+        mean KL(policy before || policy after) over observations of the rollout, in nats: a step
+        that no clip range holds back. `refresh_kl` holds the last one, 0 where there is none.
     """
 
     def __init__(
@@ -101,6 +122,7 @@ class OnPolicyModes(BaseCallback):
         self.warmup = warmup
         self.rectified = rectified
         self.first: dict[str, float] = {}
+        self.refresh_kl = 0.0
         self._update = _Update()
         self._obs: Any = None
 
@@ -125,9 +147,9 @@ class OnPolicyModes(BaseCallback):
     def _on_rollout_end(self) -> None:
         model: Any = self.model
         epochs = getattr(model, "n_epochs", 1)
-        if self.how == "frozen":
+        if self.how in _REFRESHED:
             self._update.eval_from = 0
-            self._obs = _rows(model.rollout_buffer.observations)
+            self._obs = _rows(_flat(model.rollout_buffer.observations))
         elif self.how == "eval-after":
             # The library counts epochs.
             warm = model._n_updates >= self.warmup * epochs
@@ -154,9 +176,19 @@ class OnPolicyModes(BaseCallback):
             for key, value in self.first.items():
                 self.logger.record(f"batchproof/{key}", value)
         if self._obs is not None:
-            refresh(self.model.policy, obs_as_tensor(self._obs, self.model.device))
+            self._refresh(obs_as_tensor(self._obs, self.model.device))
             self._obs = None
         self._update.clear()
+
+    def _refresh(self, obs: Any) -> None:
+        policy: Any = self.model.policy
+        few = _rows(obs, KL_ROWS)
+        before = _actions(policy, few)
+        refresh(policy, obs, preserve=self.how == "preserved")
+        kl = kl_divergence(before, _actions(policy, few))
+        # Continuous actions have a number for each of their parts.
+        self.refresh_kl = float(kl.reshape(len(kl), -1).sum(1).mean())
+        self.logger.record("batchproof/refresh_kl", self.refresh_kl)
 
     def _rectified(self, epochs: int) -> int:
         return epochs // 2 if self.rectified is None else self.rectified
@@ -183,9 +215,14 @@ class OnPolicyModes(BaseCallback):
                 'policy_kwargs={"features_extractor_class": NatureCNN, '
                 '"features_extractor_kwargs": {"use_batch_norm": True}}'
             )
-        if self.how == "frozen" and not layers:
+        if self.how in _REFRESHED and not layers:
             raise BatchproofError(
-                "frozen is about running statistics and this policy has none: leave it out"
+                f"{self.how} is about running statistics and this policy has none: leave it out"
+            )
+        if self.how == "preserved" and not all(_has_affine(layer) for layer in layers):
+            raise BatchproofError(
+                "preserved needs layers with weight and bias, which make up for new statistics: "
+                "make them with affine=True"
             )
         if self.how == "renorm" and not all(_is_renorm(layer) for layer in layers):
             raise BatchproofError(
@@ -206,35 +243,57 @@ class OnPolicyModes(BaseCallback):
             )
 
 
-def refresh(policy: Any, obs: Any) -> None:
+def refresh(policy: Any, obs: Any, *, preserve: bool = False) -> None:
     """Give every layer with running statistics those of its input on ``obs``, in place.
 
-    One pass on the batch's own statistics, which are written down on the way (biased variance): in
-    eval mode each layer then normalizes these very rows as train mode would
+    Without ``preserve`` one pass on the batch's own statistics, which are written down on the way
+    (biased variance): in eval mode each layer then normalizes these very rows as train mode would
     (PreciseBN, arXiv 2105.07576, on one batch; `batchproof.clinic` has it for any data).
+
+    With it one pass in eval mode: each layer gets the statistics of the input that it has there,
+    and weight and bias that keep its output what it was.
 
     Args:
         policy: an actor-critic policy of the library.
         obs: observations (B, ...) as tensors, before the policy's own preprocessing.
+        preserve: keep the policy's function; layers then need weight and bias.
     """
 
     def write(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         mean, var = moments(inputs[0].detach())
-        for mean_name, var_name in _RUNNING:
-            if getattr(layer, mean_name, None) is not None:
-                getattr(layer, mean_name).copy_(mean)
-                getattr(layer, var_name).copy_(var)
+        for names in _NAMES:
+            if getattr(layer, names[0], None) is not None:
+                parts: list[Any] = [getattr(layer, name, None) for name in names]
+                old_mean, old_var, weight, bias = parts
+                if preserve:
+                    old_std, std = ((v + layer.eps).sqrt() for v in (old_var, var))
+                    bias += weight * (mean - old_mean) / old_std
+                    weight *= std / old_std
+                old_mean.copy_(mean)
+                old_var.copy_(var)
 
     handles = [layer.register_forward_pre_hook(write) for layer in mode_layers(policy)]
     flag = policy.training
     try:
         policy.set_training_mode(False)  # dropout rests
-        with torch.no_grad(), use_mode(policy, "t"):
+        with torch.no_grad(), use_mode(policy, "E" if preserve else "t"):
             type(policy).forward(policy, obs, deterministic=True)
     finally:
         policy.set_training_mode(flag)
         for handle in handles:
             handle.remove()
+
+
+def _actions(policy: Any, obs: Any) -> Any:
+    """The distribution of actions in eval mode."""
+    flag = policy.training
+    try:
+        policy.set_training_mode(False)
+        with torch.no_grad():
+            # The policy has one object for all its distributions.
+            return copy(policy.get_distribution(obs))
+    finally:
+        policy.set_training_mode(flag)
 
 
 class _Update:
@@ -310,12 +369,19 @@ class _Collect:
                 policy.set_training_mode(False)
 
 
-def _rows(observations: Any) -> Any:
-    """Rows of a rollout's observations (steps, environments, ...), copied, at most `MOST_ROWS`."""
+def _flat(observations: Any) -> Any:
+    """A rollout's observations (steps, environments, ...) as rows."""
     if isinstance(observations, dict):
-        return {key: _rows(part) for key, part in observations.items()}
-    flat = observations.reshape(-1, *observations.shape[2:])
-    return flat[np.linspace(0, len(flat) - 1, min(MOST_ROWS, len(flat))).astype(int)]
+        return {key: _flat(part) for key, part in observations.items()}
+    return observations.reshape(-1, *observations.shape[2:])
+
+
+def _rows(observations: Any, most: int = MOST_ROWS) -> Any:
+    """At most so many rows, spread evenly, copied."""
+    if isinstance(observations, dict):
+        return {key: _rows(part, most) for key, part in observations.items()}
+    count = len(observations)
+    return observations[np.linspace(0, count - 1, min(most, count)).astype(int)]
 
 
 def _figures(log_ratio: Tensor, clip_range: float | None) -> dict[str, float]:
@@ -332,6 +398,14 @@ def _figures(log_ratio: Tensor, clip_range: float | None) -> dict[str, float]:
 def _clip_range(model: Any) -> float | None:
     clip = getattr(model, "clip_range", None)
     return None if clip is None else float(clip(model._current_progress_remaining))
+
+
+def _has_affine(layer: Any) -> bool:
+    return all(
+        getattr(layer, weight, None) is not None and getattr(layer, bias, None) is not None
+        for mean, _, weight, bias in _NAMES
+        if getattr(layer, mean, None) is not None
+    )
 
 
 def _is_renorm(layer: nn.Module) -> bool:

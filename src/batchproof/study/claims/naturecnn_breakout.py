@@ -92,6 +92,8 @@ CONDITIONS = (
     Condition("bn-train", "BN, train mode throughout", "batch", "train"),
     Condition("bn-eval-after", "BN, eval mode after 10 updates", "batch", "eval-after"),
     Condition("bn-frozen", "BN, statistics frozen per rollout", "batch", "frozen", seeds=5),
+    # Added when the first seed of bn-frozen had failed, before any of its own was run.
+    Condition("bn-preserved", "BN, statistics anew, function preserved", "batch", "preserved"),
     Condition("renorm", "Batch Renorm", "renorm", "renorm"),
     Condition("bn-mdr", "BN, half of the epochs in eval mode (MDR)", "batch", "mdr"),
     Condition("layer", "layer norm", "layer"),
@@ -102,7 +104,7 @@ CONDITIONS = (
     Condition("bn-lr4", "BN as the library, 4 x learning rate", "batch", factor=4.0),
 )
 DEFAULT = ("none", "bn", "bn-frozen")
-CURES = ("bn-train", "bn-eval-after", "bn-frozen", "renorm", "bn-mdr")
+CURES = ("bn-train", "bn-eval-after", "bn-frozen", "bn-preserved", "renorm", "bn-mdr")
 
 
 def run(
@@ -507,6 +509,7 @@ _DRAWN = {
     "bn-train": ("train", plots.GREEN),
     "bn-eval-after": ("eval-after", plots.PINK),
     "bn-frozen": ("BN, frozen", plots.BLUE),
+    "bn-preserved": ("preserved", plots.GREY),
     "renorm": ("renorm", plots.ORANGE),
     "bn-mdr": ("mdr", plots.SKY),
     "layer": ("layer norm", plots.PINK),
