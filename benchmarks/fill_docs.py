@@ -464,7 +464,7 @@ TABLES = {
     "constant-reward.md": {"verdicts": verdicts, "conditions": conditions, "sb3": sb3},
     "naturecnn-breakout.md": {"verdicts": breakout_verdicts, "conditions": breakout_conditions},
     "reinforce.md": {"reinforce": lambda: _benchmark("reinforce")},
-    "on-policy.md": {"cures": breakout_cures},
+    "on-policy.md": {"cartpole": lambda: _text("on_policy"), "cures": breakout_cures},
     "maddpg.md": {
         "maddpg-speed": lambda: _benchmark("maddpg"),
         "maddpg-returns": lambda: _benchmark("maddpg_learning"),

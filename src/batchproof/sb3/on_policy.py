@@ -5,7 +5,7 @@ policy that is updated is not the one that acted: the ratio of the first minibat
 are clipped before anything was learned, and the gradient is that of another policy. `OnPolicyModes`
 measures this in every update and cures it in the way that its first argument names:
 
-    model.learn(200_000, callback=OnPolicyModes("frozen"))
+    model.learn(200_000, callback=OnPolicyModes("eval-after"))
 
 | how | collects | updates | first ratio |
 |---|---|---|---|
@@ -16,6 +16,9 @@ measures this in every update and cures it in the way that its first argument na
 | ``preserved`` | E | the same, and weights and biases make up for the new statistics | 1 |
 | ``renorm`` | E | T, on Batch Renorm layers | 1 where r and d are not clipped |
 | ``mdr`` | E | T, then E in the last ``rectified`` epochs | not 1; the update ends in E |
+
+Statistics that move between two rollouts move the policy by a step that PPO does not clip; which
+way learns best, and by how much, is in ``docs/on-policy.md``.
 
 **frozen.** New statistics change the policy, so when they are taken matters. Here they are taken
 after the update and before the next rollout is collected, from the observations of the last one at
