@@ -303,6 +303,16 @@ def test_a_failed_training_is_told_in_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "cells/c/run.json").exists()
 
 
+def test_a_training_whose_study_ended_while_it_started_ends_too(tmp_path):
+    pytest.importorskip("ale_py")
+    records.write_json(tmp_path / "cell.json", asdict(tiny("c")))
+    words = [sys.executable, "-m", "batchproof.study.pixels", str(tmp_path), "1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "the study that started this training has ended"
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_schedules_fall_to_zero_at_their_horizon():
     pytest.importorskip("ale_py")
     cell = replace(tiny("d"), steps=200, horizon=1000)

@@ -4,10 +4,10 @@ A cell is one seed of one condition in a folder of its own, on one thread of tor
 cells as there are cores run side by side. A finished cell is read back, an unfinished one starts
 anew: a cell takes minutes.
 
-    python -m batchproof.study.pixels FOLDER
+    python -m batchproof.study.pixels FOLDER PARENT
 
-trains the cell that ``FOLDER/cell.json`` describes; `run_cells` writes that file and starts the
-processes.
+trains the cell that ``FOLDER/cell.json`` describes and ends with the process PARENT, which started
+it; `run_cells` writes that file and starts the processes.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _start(cell: Cell, folder: Path) -> subprocess.Popen[bytes]:
     (folder / "step").unlink(missing_ok=True)
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "batchproof.study.pixels", str(folder)],
+            [sys.executable, "-m", "batchproof.study.pixels", str(folder), str(os.getpid())],
             env=os.environ | ONE_THREAD,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -204,13 +204,15 @@ def main(argv: list[str]) -> int:
     import torch
 
     torch.set_num_threads(1)
-    folder = Path(argv[0])
-    train(Cell(**records.read_json(folder / "cell.json")), folder)
+    folder, parent = Path(argv[0]), int(argv[1])
+    train(Cell(**records.read_json(folder / "cell.json")), folder, parent)
     return 0
 
 
-def train(cell: Cell, folder: Path) -> Result:
+def train(cell: Cell, folder: Path, parent: int | None = None) -> Result:
     """Train, play the final games, let the clinic look; write it all down.
+
+    Training stops once this process is not a child of ``parent`` any more.
 
     Writes ``metrics.parquet``, then ``run.json``, whose presence says that the cell is finished;
     with ``audit`` also ``audit.json`` and ``channels.json``.
@@ -223,7 +225,7 @@ def train(cell: Cell, folder: Path) -> Result:
     began = time.perf_counter()
     model = make_model(cell)
     modes = OnPolicyModes(cell.how)
-    recorder = _recorder(modes, folder)
+    recorder = _recorder(modes, folder, os.getppid() if parent is None else parent)
     try:
         model.learn(cell.steps, callback=CallbackList([modes, recorder]))
     finally:
@@ -326,11 +328,9 @@ def examine(model: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _recorder(modes: Any, folder: Path) -> Any:
+def _recorder(modes: Any, folder: Path, parent: int) -> Any:
     """A callback with a row for each update."""
     from stable_baselines3.common.callbacks import BaseCallback
-
-    parent = os.getppid()
 
     class Recorder(BaseCallback):
         def __init__(self) -> None:
