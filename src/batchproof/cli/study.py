@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -33,9 +34,10 @@ def add_to(commands: Any) -> None:
     add("--quick", action="store_true", help="a small version that ends in minutes")
     add("--conditions", metavar="A,B", help="only these conditions, or `all`")
     help_ = (
-        "naturecnn-breakout: begin no training after TIME, such as 2h, and judge what is finished"
+        "naturecnn-breakout: begin no training after TIME, such as 2h, and judge what is finished; "
+        "0s trains nothing"
     )
-    add("--budget", type=words.duration, metavar="TIME", help=help_)
+    add("--budget", type=partial(words.duration, zero=True), metavar="TIME", help=help_)
     help_ = f"constant-reward: how episodes end, {words.either(words.ENDINGS)} [terminated]"
     add("--ending", type=words.one_of("ending", words.ENDINGS), metavar="HOW", help=help_)
     help_ = "hopper-decay: width of the critics' two hidden layers [256]"

@@ -241,11 +241,11 @@ def pair(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def duration(text: str) -> float:
-    """A time such as ``1h30m``, in seconds."""
+def duration(text: str, *, zero: bool = False) -> float:
+    """A time such as ``1h30m``, in seconds; ``zero``: whether 0s is one."""
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
-    if not hours + minutes + seconds:
+    if not hours + minutes + seconds and not (zero and text == "0s"):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a time: write for example 90s, 30m or 2h"
         )
