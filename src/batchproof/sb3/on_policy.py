@@ -5,7 +5,7 @@ policy that is updated is not the one that acted: the ratio of the first minibat
 are clipped before anything was learned, and the gradient is that of another policy. `OnPolicyModes`
 measures this in every update and cures it in the way that its first argument names:
 
-    model.learn(200_000, callback=OnPolicyModes("eval-after"))
+    model.learn(200_000, callback=OnPolicyModes("preserved"))
 
 | how | collects | updates | first ratio |
 |---|---|---|---|

@@ -522,7 +522,7 @@ _DRAWN = {
 """The name beside a curve and its colour."""
 _PANELS = (
     ("BN and its alternatives", ("none", "bn", "bn-frozen", "layer", "group")),
-    ("Cures of the rollout/update mismatch", ("bn", *CURES)),
+    ("Cures of the rollout/update mismatch", ("none", "bn", *CURES)),
     ("Schedule over the run", ("none-short", "bn-short")),
     ("4 x the learning rate", ("none-lr4", "bn-lr4")),
 )
