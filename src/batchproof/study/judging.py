@@ -61,26 +61,19 @@ def claim_row(
         prediction: the verdict that was expected, where one was written down.
     """
     effect = found.interval
+    missed = found.verdict not in ("inconclusive", prediction)
     return {
         "id": id_,
         "statement": statement,
         "source": source,
         "decision_rule": rule,
-        **({} if prediction is None else predicted(prediction, found.verdict)),
+        **({} if prediction is None else {"prediction": prediction, "missed": missed}),
         "verdict": found.verdict,
         "effect": None if effect is None else _known(effect.mean),
         "ci": None if effect is None else [_known(effect.lo), _known(effect.hi)],
         "level": level,
         "n": n,
         "why": found.why,
-    }
-
-
-def predicted(prediction: str, verdict: str) -> dict[str, Any]:
-    """A prediction, and whether a verdict went against it."""
-    return {
-        "prediction": prediction,
-        "missed": verdict not in ("inconclusive", prediction),
     }
 
 

@@ -209,7 +209,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def train(cell: Cell, folder: Path, parent: int | None = None) -> Result:
+def train(cell: Cell, folder: Path, parent: int) -> Result:
     """Train, play the final games, let the clinic look; write it all down.
 
     Training stops once this process is not a child of ``parent`` any more.
@@ -225,7 +225,7 @@ def train(cell: Cell, folder: Path, parent: int | None = None) -> Result:
     began = time.perf_counter()
     model = make_model(cell)
     modes = OnPolicyModes(cell.how)
-    recorder = _recorder(modes, folder, os.getppid() if parent is None else parent)
+    recorder = _recorder(modes, folder, parent)
     try:
         model.learn(cell.steps, callback=CallbackList([modes, recorder]))
     finally:

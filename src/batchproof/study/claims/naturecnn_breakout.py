@@ -659,7 +659,7 @@ def _progress(trainings: dict[str, int]) -> str:
         return ""
     return (
         f"<p><strong>{trainings['finished']} of {trainings['asked']} trainings are finished"
-        "</strong>; the same command goes on with the others.</p>"
+        "</strong>; without <code>--budget</code> the command goes on with the others.</p>"
     )
 
 
