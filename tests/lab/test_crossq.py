@@ -443,7 +443,7 @@ def test_a_temperature_of_zero_is_refused():
 
 
 def test_it_learns_constant_reward():
-    """Two seeds, 1000 steps of a task whose best return is 30."""
+    """Sixteen seeds, 1000 steps of a task whose best return is 30; single seeds scatter by 10."""
     norm = Norm("batch", "pre", momentum=0.01, eps=1e-3)
     run = Stepper(
         Training(
@@ -452,13 +452,13 @@ def test_it_learns_constant_reward():
                 actor=MLP((16,)), critic=MLP((32, 32), norm), initial_alpha=0.1, learning_rate=3e-3
             ),
             env_id="batchproof/ConstantReward-v0",
-            seeds=(0, 1),
+            seeds=tuple(range(16)),
             steps=1000,
         )
     )
-    before = run.evaluate()[:2].mean()
+    before = run.evaluate().mean()
     run.advance(1000)
-    after = run.evaluate()[:2].mean()
+    after = run.evaluate().mean()
     run.close()
-    assert before < 15
-    assert after > 24
+    assert before < 5
+    assert after > 16

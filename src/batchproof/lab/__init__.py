@@ -2,10 +2,12 @@
 
 Importing it gives JAX one CPU device for each core, so that `batchproof.lab.population` can spread
 seeds over cores, unless the environment names a number. That has an effect only before JAX's first
-computation in the process.
+computation in the process. And it lets the process keep the memory that a computation frees for the
+next one.
 """
 
 import contextlib
+import ctypes
 import os
 
 try:
@@ -29,4 +31,18 @@ def _one_device_per_core() -> None:
         jax.config.update("jax_num_cpu_devices", cores or 1)
 
 
+def _keep_freed_memory() -> None:
+    # Each call allocates and frees the same tens of MiB. glibc would hand them back to the system
+    # and get them again page by page, some 9000 page faults an update of wide critics. So: one heap
+    # for all threads that never shrinks, and no block outside it. Other C libraries have no
+    # mallopt, or one that does not know these.
+    trim_threshold, most_mmaps, most_arenas = -1, -4, -8
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(most_mmaps, 0)
+        mallopt(most_arenas, 1)
+
+
 _one_device_per_core()
+_keep_freed_memory()
