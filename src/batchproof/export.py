@@ -802,16 +802,13 @@ def make_env(run: LabRun, seed: int) -> Any:
     Raises:
         BatchproofError: it is not installed.
     """
-    import gymnasium
+    from batchproof.envs import make
 
-    from batchproof.envs import register_envs
-
-    register_envs()
     env_id, options = run.training["env_id"], run.training["env_options"]
     if isinstance(options, list):
         options = options[run.training["seeds"].index(seed)]
     try:
-        return gymnasium.make(env_id, **options)
+        return make(env_id, options)
     except Exception as error:  # registries load other people's modules
         line = " ".join(str(error).split())[:160]
         raise BatchproofError(f"cannot make the environment {env_id!r}: {line}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -62,3 +64,21 @@ def test_an_episode_of_the_control_suite_continues_exactly(
         result = envs.step(rng.uniform(-1, 1, (2, envs.action_size)).astype(np.float32))
     again = host.HostEnvs("dm_control/cheetah-run-v0", [{}, {}], [0, 7], host.TRAIN)
     np.testing.assert_array_equal(again.restore(envs.state()), result.obs)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="needs MuJoCo")
+def test_mujoco_warns_in_python_and_leaves_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mujoco
+
+    monkeypatch.chdir(tmp_path)
+    mujoco.set_mju_user_warning(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what this version says of the cheetah's model
+        env = host.make("HalfCheetah-v5", {}).unwrapped
+    env.data.qpos[:] = np.nan
+    with pytest.warns(UserWarning, match="MuJoCo: .*QPOS"):
+        mujoco.mj_step(env.model, env.data)
+    env.close()
+    assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from batchproof.envs import register_envs
+from batchproof import envs
 from batchproof.errors import BatchproofError
 from batchproof.lab.envs import parallel
 from batchproof.lab.envs.layout import Layout
@@ -48,11 +48,10 @@ def make(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
     """
     if parallel.is_parallel(env_id):
         return parallel.make(env_id, options)
-    register_envs()
     if env_id.startswith("dm_control/"):
         _register_control_suite(env_id)
     try:
-        env = gymnasium.make(env_id, **options)
+        env = envs.make(env_id, options)
     except gymnasium.error.UnregisteredEnv:
         close = difflib.get_close_matches(env_id, list(gymnasium.registry), n=3)
         hint = f": did you mean {', '.join(close)}?" if close else ""
