@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from sb3_contrib.common.torch_layers import BatchRenorm1d
 from stable_baselines3 import A2C, PPO, SAC
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -294,6 +295,66 @@ def test_preserved_needs_layers_with_weight_and_bias():
     model.policy.features_extractor.net[1].bias = None
     with pytest.raises(BatchproofError, match="affine=True"):
         model.learn(128, callback=OnPolicyModes("preserved"))
+
+
+class Drift(gymnasium.Env):
+    """Three numbers of very different sizes; the reward is for a small action."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 10
+        return self._obs(), {}
+
+    def _obs(self):
+        return (self.np_random.normal(size=3) * [1, 10, 0.1] + [0, 5, 1]).astype(np.float32)
+
+    def step(self, action):
+        self.left -= 1
+        return self._obs(), -float(np.square(action).sum()), self.left == 0, False, {}
+
+
+class Dense(BaseFeaturesExtractor):
+    """One linear layer and sb3-contrib's own Batch Renorm, whose buffers have other names."""
+
+    def __init__(self, space, affine=True):
+        super().__init__(space, 8)
+        self.norm = BatchRenorm1d(8, momentum=0.1, affine=affine, warmup_steps=2)
+        self.net = nn.Sequential(nn.Linear(3, 8), self.norm, nn.ReLU())
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def make_dense(use_sde, **settings):
+    torch.set_num_threads(1)
+    kwargs = {"features_extractor_class": Dense, "net_arch": [8]}
+    kwargs["features_extractor_kwargs"] = settings
+    options = {"n_steps": 32, "batch_size": 32, "n_epochs": 4, "use_sde": use_sde, "seed": 0}
+    env = DummyVecEnv([Drift] * 4)
+    return PPO("MlpPolicy", env, policy_kwargs=kwargs, device="cpu", **options)
+
+
+@pytest.mark.parametrize("use_sde", [False, True], ids=["gaussian", "gsde"])
+def test_new_statistics_of_sb3_contribs_renorm_on_continuous_actions(use_sde):
+    kls = {}
+    for how in ("frozen", "preserved"):
+        model = make_dense(use_sde)
+        watch = Firsts(how)
+        model.learn(3 * 128, callback=watch)
+        kls[how] = watch.refresh_kl
+        norm = model.policy.features_extractor.norm
+        assert norm.ra_mean.abs().min() > 1e-3  # no longer where they start
+        assert all(figures["first_ratio_error"] < 1e-4 for figures in watch.all[1:])
+    assert abs(kls["preserved"]) < 1e-6
+    assert kls["frozen"] > max(1e-7, 10 * abs(kls["preserved"]))
+
+
+def test_a_renorm_whose_weight_and_bias_are_not_used_cannot_preserve():
+    with pytest.raises(BatchproofError, match="affine=True"):
+        make_dense(False, affine=False).learn(128, callback=OnPolicyModes("preserved"))
 
 
 def test_statistics_stand_still_within_an_update_and_a_rollout():

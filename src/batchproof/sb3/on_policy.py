@@ -404,7 +404,8 @@ def _clip_range(model: Any) -> float | None:
 
 
 def _has_affine(layer: Any) -> bool:
-    return all(
+    # sb3-contrib's Batch Renorm without an affine part has the parameters and does not use them.
+    return getattr(layer, "affine", True) and all(
         getattr(layer, weight, None) is not None and getattr(layer, bias, None) is not None
         for mean, _, weight, bias in _NAMES
         if getattr(layer, mean, None) is not None
