@@ -75,7 +75,10 @@ def text(report: Report, *, color: bool = False, width: int = 100) -> str:
                 lines += ["", *wrapped(printable(finding.message), 2)]
                 for label, value in facts(finding):
                     lines += wrapped(f"{label}: {printable(value)}", 4)
-            for head, advice in (("What to do", rule.mend), ("Fix", fix_in_words(rule))):
+            for head, advice in (
+                ("What to do", rule.mend),
+                ("Fix", fix_in_words(rule, report.saves)),
+            ):
                 lines += ["", *wrapped(f"{head}: {advice}", 2)] if advice else []
 
     for status in (Status.SKIPPED, Status.NOT_APPLICABLE):
@@ -366,16 +369,19 @@ def title(rule: Rule) -> str:
     return rule.title[:1].upper() + rule.title[1:]
 
 
-def fix_command(rule: Rule) -> str:
-    """The command that mends what a rule finds, '' where none does."""
+def fix_command(rule: Rule, saves: bool = True) -> str:
+    """The command or, where it cannot ``save``, the call that mends a finding, '' where none."""
+    if rule.fix and not saves:
+        more = "" if rule.safe else ", unsafe=True"
+        return f'batchproof.clinic.fix.fix(subject, report, only=["{rule.code}"]{more})'
     flags = f"--only {rule.code}" + ("" if rule.safe else " --unsafe")
     return f"batchproof fix MODEL -o OUT {flags}" if rule.fix else ""
 
 
-def fix_in_words(rule: Rule) -> str:
-    """The fix, whether it is safe, and its command, '' where there is none."""
+def fix_in_words(rule: Rule, saves: bool = True) -> str:
+    """The fix, whether it is safe, and its `fix_command`, '' where there is none."""
     kind = "outputs as deployed stay as they are" if rule.safe else "outputs or learning change"
-    return f"`{rule.fix}` ({kind}): {fix_command(rule)}" if rule.fix else ""
+    return f"`{rule.fix}` ({kind}): {fix_command(rule, saves)}" if rule.fix else ""
 
 
 def number(value: float) -> str:

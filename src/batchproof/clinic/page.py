@@ -112,10 +112,10 @@ def _findings(report: Report) -> str:
     ]
     if not found:
         return "<p>No rule failed, and there is nothing to review.</p>"
-    return "\n".join(_finding_card(code, outcome) for code, outcome in found)
+    return "\n".join(_finding_card(code, outcome, report.saves) for code, outcome in found)
 
 
-def _finding_card(code: str, outcome: Outcome) -> str:
+def _finding_card(code: str, outcome: Outcome, saves: bool) -> str:
     rule = RULES[code]
     css, _ = _MARKS[outcome.status]
     items = "".join(
@@ -130,7 +130,7 @@ def _finding_card(code: str, outcome: Outcome) -> str:
     if rule.fix:
         kept = "outputs as deployed stay as they are" if rule.safe else "outputs or learning change"
         mend += (
-            f"<p><code>{_text(formats.fix_command(rule))}</code> "
+            f"<p><code>{_text(formats.fix_command(rule, saves))}</code> "
             f'<span class="quiet">({kept})</span></p>'
         )
     return f"""<article class="card {css}" id="{_text(code)}">

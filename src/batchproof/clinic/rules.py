@@ -275,12 +275,15 @@ class Report:
         outcomes: of every rule that was asked for, by code.
         seconds: wall time.
         facts: what was found about layers, for the picture.
+        saves: whether it is a library's model, which `batchproof fix` can write to a file. A
+            module or a run of the lab is fixed in Python only.
     """
 
     subject: str
     outcomes: dict[str, Outcome]
     seconds: float
     facts: tuple[LayerFacts, ...] = ()
+    saves: bool = True
 
     @property
     def findings(self) -> list[tuple[Rule, Finding]]:
@@ -354,7 +357,8 @@ def audit(
         facts = _facts(examination)
         if fingerprint(subject) != before:
             raise AssertionError("a rule left the subject changed: please report this")
-    return Report(subject.name, outcomes, time.perf_counter() - began, facts)
+    saves = hasattr(subject.model, "save")
+    return Report(subject.name, outcomes, time.perf_counter() - began, facts, saves)
 
 
 def _facts(examination: Examination) -> tuple[LayerFacts, ...]:

@@ -209,7 +209,7 @@ def _product_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array
 
 def _product_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, weight = saved
-    return grad @ weight.T, jnp.einsum("bi,bo->io", x, grad)
+    return jnp.einsum("bo,io->bi", grad, weight), jnp.einsum("bi,bo->io", x, grad)
 
 
 _product.defvjp(_product_forward, _product_backward)
