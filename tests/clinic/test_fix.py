@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from batchproof.clinic import fix as fixes
+from batchproof.clinic import formats
 from batchproof.clinic.fix import FIXES, Fix, fix
 from batchproof.clinic.rules import RULES, Finding, Outcome, Rule, Status, audit, failed, passed
 from batchproof.clinic.subject import Subject, fingerprint
@@ -446,3 +448,16 @@ def test_batchproof_imports_the_library_only_when_it_is_asked_for():
     text = Path(fixes.__file__).read_text()
     assert "import stable_baselines3" not in text
     assert "from stable_baselines3" not in text
+
+
+def test_what_no_command_can_save_is_told_to_be_fixed_in_python():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    subject = Subject.from_module(net, torch.randn(16, 3))
+    report = audit(subject)
+    shown = " ".join(formats.text(report).split())
+    assert "batchproof fix MODEL" not in shown + formats.html(report)
+    call = re.search(r"batchproof\.clinic\.fix\.(fix\(.*?\))", shown)[1]
+    done = eval(call, {"fix": fix, "subject": subject, "report": report})
+    assert any(one.applied for one in done)
+    assert audit(subject, only=[done[0].code]).clean

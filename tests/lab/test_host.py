@@ -80,5 +80,9 @@ def test_mujoco_warns_in_python_and_leaves_no_log(
     env.data.qpos[:] = np.nan
     with pytest.warns(UserWarning, match="MuJoCo: .*QPOS"):
         mujoco.mj_step(env.model, env.data)
+    env.data.qpos[:] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # raised within the engine it would end the process
+        mujoco.mj_step(env.model, env.data)
     env.close()
     assert list(tmp_path.iterdir()) == []

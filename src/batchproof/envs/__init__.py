@@ -6,6 +6,7 @@ Gymnasium imports it by itself for an id with its name in front:
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,14 @@ def _warn_in_python() -> None:
     import mujoco
 
     if hasattr(mujoco, "set_mju_user_warning") and mujoco.get_mju_user_warning() is None:
-        mujoco.set_mju_user_warning(lambda text: warnings.warn(f"MuJoCo: {text}", stacklevel=1))
+        mujoco.set_mju_user_warning(_tell)
+
+
+def _tell(text: str) -> None:
+    # An exception would pass through the engine and end the process: where warnings are errors,
+    # this one is dropped.
+    with contextlib.suppress(Warning):
+        warnings.warn(f"MuJoCo: {text}", stacklevel=1)
 
 
 if find_spec("gymnasium") is not None:
