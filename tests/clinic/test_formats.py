@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchproof.clinic import formats, rules
+from batchproof.clinic import formats, page, rules
 from batchproof.clinic.rules import Finding, Report, Rule, Status, Subject, audit
 
 EVIL = "<script>alert('x')</script>\x1b[31m\x00\n&\"]]>"
@@ -41,11 +41,10 @@ def hand_made_rules(monkeypatch):
             ("BP591", "no-normalizer", ""),
         )
     }
-    rules.all_rules()  # else the first audit here would put the real ones into `mine` for good
+    # Before the names are replaced: modules imported after that would keep `mine` for good.
+    rules.all_rules()
     monkeypatch.setattr(rules, "RULES", mine)
     monkeypatch.setattr(formats, "RULES", mine)
-    from batchproof.clinic import page
-
     monkeypatch.setattr(page, "RULES", mine)
 
 
