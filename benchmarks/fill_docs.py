@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
+import learning
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -129,80 +129,6 @@ def _gemm(record: dict[str, Any]) -> str:
         if "gemm_gflops" in sample
     ]
     return f" Best matrix product: {statistics.median(rates):.0f} GFLOP/s." if rates else ""
-
-
-def learning() -> str:
-    lines = [
-        "| task | agent | critic | steps | seeds | mean final return | per seed | wall time "
-        "| reference |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    references = {
-        ("Pendulum-v1", "td3"): "-152 at 20k",
-        ("Pendulum-v1", "sac"): "-157 at 20k",
-        ("HalfCheetah-v5", "sac"): "6156 +- 738 at 100k (v4, ten seeds)",
-        ("HalfCheetah-v5", "crossq"): "8112 +- 944 at 100k (v4, ten seeds, 2x2048)",
-        ("Hopper-v5", "sac"): "1103 +- 388 at 100k (v4, ten seeds)",
-        ("Hopper-v5", "crossq"): "2764 +- 823 at 100k (v4, ten seeds, 2x2048)",
-    }
-    commands = []
-    for path in sorted((RESULTS / "learning").glob("*/run.json")):
-        run = _load(path)
-        if run["status"] != "finished":
-            continue
-        training = run["training"]
-        returns = [seed["final_return"] for seed in run["seeds"]]
-        env, algo = training["env_id"], training["algo"]
-        lines.append(
-            f"| {env} | {algo.upper()} | {'x'.join(map(str, _critic_widths(run)))} "
-            f"| {training['steps']} | {len(returns)} "
-            f"| {statistics.fmean(returns):.0f} | {' '.join(f'{value:.0f}' for value in returns)} "
-            f"| {run['wall_s'] / 60:.0f} min | {references.get((env, algo), '-')} |"
-        )
-        commands.append(f"    {run['command']}")
-    return "\n".join([*lines, "", *commands])
-
-
-def _critic_widths(run: dict[str, Any]) -> list[int]:
-    return run["training"]["config"]["critic"]["hidden"]
-
-
-def time_to_return() -> str:
-    """When CrossQ reaches what SAC has after 100k steps, against one run of SB3's SAC."""
-    rates = {
-        row["algo"]: row for row in _load(RESULTS / "benchmarks" / "half_cheetah.json")["rows"]
-    }
-    sb3_minutes = 100_000 / rates["sac"]["sb3_steps_per_s"] / 60
-    sac = _load(RESULTS / "learning" / "halfcheetah-sac" / "run.json")
-    goals = {
-        "our SAC's mean": statistics.fmean(seed["final_return"] for seed in sac["seeds"]),
-        "the reference's": 6156.0,
-    }
-    lines = [
-        "| agent | goal: SAC's return at 100k steps | steps to it | minutes a seed "
-        "| SB3's SAC, 100k steps | share of SB3's time |",
-        "|---|---|---|---|---|---|",
-    ]
-    for folder in sorted((RESULTS / "learning").glob("halfcheetah-crossq-*")):
-        run = _load(folder / "run.json")
-        metrics = pyarrow.parquet.read_table(folder / "metrics.parquet").to_pydict()
-        at: dict[int, list[float]] = {}
-        for step, value in zip(metrics["step"], metrics["return"], strict=True):
-            at.setdefault(step, []).append(value)
-        widths = "x".join(map(str, _critic_widths(run)))
-        for name, goal in goals.items():
-            reached = [step for step in sorted(at) if statistics.fmean(at[step]) >= goal]
-            start = f"| CrossQ {widths} | {goal:.0f} ({name}) "
-            if not reached:
-                lines.append(f"{start}| not reached | - | {sb3_minutes:.0f} min | - |")
-                continue
-            share_done = reached[0] / run["training"]["steps"]
-            minutes = run["wall_s"] / 60 * share_done / len(run["seeds"])
-            lines.append(
-                f"{start}| {reached[0]} | {minutes:.1f} min | {sb3_minutes:.0f} min "
-                f"| {minutes / sb3_minutes:.2f} |"
-            )
-    return "\n".join(lines)
 
 
 def planted() -> str:
@@ -520,7 +446,10 @@ TABLES = {
     },
     "nature-cnn.md": {"nature_cnn": lambda: _benchmark("nature_cnn")},
     "atari.md": {"atari": lambda: _benchmark("atari")},
-    "crossq.md": {"time-to-return": time_to_return, "crossq": lambda: _benchmark("crossq")},
+    "crossq.md": {
+        "time-to-return": learning.time_to_return,
+        "crossq": lambda: _benchmark("crossq"),
+    },
     "growth.md": {"growth": lambda: _benchmark("growth")},
     "gpu.md": {"gpu": lambda: _benchmark("gpu_on_cpu")},
     "reliability.md": {
@@ -531,13 +460,13 @@ TABLES = {
         "constant_reward": lambda: "\n\n".join(
             _benchmark(f"constant_reward_{width}") for width in (64, 256)
         ),
-        "half_cheetah": lambda: _benchmark("half_cheetah"),
+        "halfcheetah": lambda: _benchmark("halfcheetah"),
         "gemm": lambda: _benchmark("gemm"),
         "audit": lambda: _benchmark("audit"),
         "layers": lambda: _benchmark("layers"),
         "monitor": lambda: _benchmark("monitor"),
         "report": _report,
-        "learning": learning,
+        "learning": learning.table,
     },
 }
 

@@ -5,8 +5,8 @@
 Each side runs in a fresh process, in turn: one rollout of 8 games x 128 steps is collected, then
 the update on it (4 epochs, minibatches of 256: 16 gradient steps) is timed. `floor` is the time
 that the products of the network alone would take at the rate of torch's best square matrix product
-here. bfloat16 is left out on a CPU without instructions for it. `--quick` prints a rough table and
-writes nothing.
+here. "memory kept" calls `batchproof.sb3.keep_freed_memory` first. bfloat16 is left out on a CPU
+without instructions for it. `--quick` prints a rough table and writes nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ GRADIENT_STEPS = EPOCHS * ENVS * STEPS // BATCH
 SIDES: dict[str, dict[str, Any] | None] = {
     "library": None,
     "off": {},
+    "off, memory kept": {},
     "off, bfloat16": {"autocast": "bfloat16"},
     "batch": {"norm": "batch"},
     "renorm": {"norm": "renorm"},
@@ -63,8 +64,10 @@ def worker(side: str, threads: int, updates: int) -> dict[str, float]:
     import torch
     from stable_baselines3 import PPO
 
-    from batchproof.sb3 import NatureCNN, make_atari
+    from batchproof.sb3 import NatureCNN, keep_freed_memory, make_atari
 
+    if "memory kept" in side:
+        keep_freed_memory()
     warnings.simplefilter("ignore")  # of bfloat16 where a CPU emulates it
     torch.set_num_threads(threads)
     options = SIDES[side]
@@ -108,7 +111,7 @@ def main() -> None:
     fast = has_bfloat16()
     names = [name for name in SIDES if fast or "bfloat16" not in name]
     if args.quick:
-        names = ["library", "off", "batch"]
+        names = ["library", "off", "off, memory kept", "batch"]
     updates = "1" if args.quick else "3"
     samples = bench.alternate(
         __file__, {name: [name, str(args.threads), updates] for name in names}, rounds

@@ -6,6 +6,7 @@ tests/test_docs_commands.py runs them.
 import importlib.util
 import re
 import shlex
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -132,7 +133,9 @@ def test_shown_command_parses(command: str) -> None:
 
 
 def script_of(name: str):
-    """A script in benchmarks/, as a module."""
+    """A script in benchmarks/, as a module. Scripts import each other by name."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

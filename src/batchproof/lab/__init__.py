@@ -7,8 +7,9 @@ next one.
 """
 
 import contextlib
-import ctypes
 import os
+
+from batchproof.memory import keep_freed_memory
 
 try:
     import jax
@@ -31,18 +32,5 @@ def _one_device_per_core() -> None:
         jax.config.update("jax_num_cpu_devices", cores or 1)
 
 
-def _keep_freed_memory() -> None:
-    # Each call allocates and frees the same tens of MiB. glibc would hand them back to the system
-    # and get them again page by page, some 9000 page faults an update of wide critics. So: one heap
-    # for all threads that never shrinks, and no block outside it. Other C libraries have no
-    # mallopt, or one that does not know these.
-    trim_threshold, most_mmaps, most_arenas = -1, -4, -8
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(most_mmaps, 0)
-        mallopt(most_arenas, 1)
-
-
 _one_device_per_core()
-_keep_freed_memory()
+keep_freed_memory()

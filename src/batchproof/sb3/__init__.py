@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from batchproof.memory import keep_freed_memory
+
 if TYPE_CHECKING:
     from batchproof.sb3 import policies
     from batchproof.sb3.adapter import subject_from_model
@@ -36,6 +38,7 @@ __all__ = [
     "MonitorCallback",
     "NatureCNN",
     "OnPolicyModes",
+    "keep_freed_memory",
     "load_subject",
     "make_atari",
     "policies",

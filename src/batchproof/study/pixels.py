@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from batchproof import records
 from batchproof.errors import BatchproofError
+from batchproof.memory import keep_freed_memory
 from batchproof.records import write_columns
 
 FRAMES = 4
@@ -203,6 +204,7 @@ def main(argv: list[str]) -> int:
     """Train the cell in a folder, unless the process that started this one ends before."""
     import torch
 
+    keep_freed_memory()
     torch.set_num_threads(1)
     folder, parent = Path(argv[0]), int(argv[1])
     train(Cell(**records.read_json(folder / "cell.json")), folder, parent)

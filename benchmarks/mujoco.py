@@ -1,6 +1,6 @@
-"""HalfCheetah-v5, one seed, nets 256x256: environment steps per second, everything included.
+"""A MuJoCo task, one seed, nets 256x256: environment steps per second, everything included.
 
-    python benchmarks/half_cheetah.py [--rounds 5] [--steps 1500]
+    python benchmarks/mujoco.py [--env Hopper-v5] [--agents sac] [--rounds 5] [--steps 1500]
 
 Stable-Baselines3, SBX and ours in turn, each in a fresh process: environment, acting, storing and
 learning, timed after 500 warm-up steps. Ours a second time with batch norm in both networks under
@@ -17,10 +17,10 @@ from typing import Any
 import bench
 
 WARM_UP = 500
-OBS, ACTION, WIDTH = 17, 6, 256
+WIDTH = 256
 
 
-def library_worker(library: str, algo: str, steps: int) -> dict[str, float]:
+def library_worker(library: str, env_id: str, algo: str, steps: int) -> dict[str, float]:
     from importlib import import_module
 
     import gymnasium
@@ -28,7 +28,7 @@ def library_worker(library: str, algo: str, steps: int) -> dict[str, float]:
     module = import_module({"sb3": "stable_baselines3", "sbx": "sbx"}[library])
     model = getattr(module, algo.upper())(
         "MlpPolicy",
-        gymnasium.make("HalfCheetah-v5"),
+        gymnasium.make(env_id),
         policy_kwargs={"net_arch": [WIDTH, WIDTH]},
         learning_rate=3e-4,
         batch_size=256,
@@ -43,7 +43,7 @@ def library_worker(library: str, algo: str, steps: int) -> dict[str, float]:
     return {"steps_per_s": steps / (time.perf_counter() - began)}
 
 
-def lab_worker(norm: str, algo: str, steps: int) -> dict[str, float]:
+def lab_worker(norm: str, env_id: str, algo: str, steps: int) -> dict[str, float]:
     from batchproof.lab.agents import AGENTS
     from batchproof.lab.nets import MLP
     from batchproof.lab.norms import Norm
@@ -55,7 +55,7 @@ def lab_worker(norm: str, algo: str, steps: int) -> dict[str, float]:
         Training(
             algo=algo,
             config=AGENTS[algo].Config(actor=mlp, critic=mlp),
-            env_id="HalfCheetah-v5",
+            env_id=env_id,
             # The replay is as large as in a run of a million steps.
             steps=1_000_000,
             learning_starts=100,
@@ -72,27 +72,39 @@ def lab_worker(norm: str, algo: str, steps: int) -> dict[str, float]:
     }
 
 
+def sizes(env_id: str) -> tuple[int, int]:
+    """Of an observation and an action."""
+    import gymnasium
+
+    env = gymnasium.make(env_id)
+    env.close()
+    return env.observation_space.shape[0], env.action_space.shape[0]
+
+
 def main() -> None:
     parser = bench.parser(__doc__.splitlines()[0])
+    parser.add_argument("--env", default="HalfCheetah-v5", help="a task of gymnasium[mujoco]")
+    parser.add_argument("--agents", default="td3,sac", help="of td3 and sac")
     parser.add_argument("--steps", type=int, default=1500)
     args = parser.parse_args()
     if args.worker:
-        kind, algo, steps = args.worker
+        kind, env_id, algo, steps = args.worker
         work = library_worker if kind in ("sb3", "sbx") else lab_worker
-        print(json.dumps(work(kind, algo, int(steps))))
+        print(json.dumps(work(kind, env_id, algo, int(steps))))
         return
+    obs, action = sizes(args.env)
     began = time.perf_counter()
     rows, samples = [], {}
-    for algo in ("td3", "sac"):
+    for algo in args.agents.split(","):
         sides = {
-            f"{kind} {algo}": [kind, algo, str(args.steps)]
+            f"{kind} {algo}": [kind, args.env, algo, str(args.steps)]
             for kind in ("sb3", "sbx", "none", "batch")
         }
         found = bench.alternate(__file__, sides, args.rounds)
         samples |= found
         sb3, sbx, ours, normed = found.values()
         rate = bench.median_of(ours, "steps_per_s")
-        flops = bench.update_flops(algo, OBS, ACTION, WIDTH)
+        flops = bench.update_flops(algo, obs, action, WIDTH)
         rows.append(
             {
                 "algo": algo,
@@ -106,7 +118,7 @@ def main() -> None:
                 "mflop_per_update": flops / 1e6,
                 "share_of_best_gemm": flops * rate / 1e9 / bench.median_of(ours, "gemm_gflops"),
                 "peak_mib": bench.median_of(ours, "peak_mib"),
-                "replay_mib": 1_000_000 * (2 * OBS + ACTION + 2) * 4 / 2**20,
+                "replay_mib": 1_000_000 * (2 * obs + action + 2) * 4 / 2**20,
             }
         )
     record = {
@@ -115,7 +127,8 @@ def main() -> None:
         "rows": rows,
         "samples": samples,
     }
-    bench.write(args.out, "half_cheetah", record, render(rows))
+    name = args.env.split("-")[0].lower()
+    bench.write(args.out, name, record, render(rows))
 
 
 def render(rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,203 @@
+"""What the runs in results/learning learned: tables for the pages, and a picture.
+
+    python benchmarks/learning.py
+
+draws docs/images/halfcheetah.png and hopper.png; `benchmarks/fill_docs.py` writes the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from batchproof.study import plots
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "results" / "learning"
+SPEED = ROOT / "results" / "benchmarks"
+
+REFERENCES = {
+    ("Pendulum-v1", "td3"): "-152 at 20k",
+    ("Pendulum-v1", "sac"): "-157 at 20k",
+    ("HalfCheetah-v5", "sac"): "6156 +- 738 at 100k (v4, ten seeds)",
+    ("HalfCheetah-v5", "crossq"): "8112 +- 944 at 100k (v4, ten seeds, 2x2048)",
+    ("Hopper-v5", "sac"): "1103 +- 388 at 100k (v4, ten seeds)",
+    ("Hopper-v5", "crossq"): "2764 +- 823 at 100k (v4, ten seeds, 2x2048)",
+}
+"""Published returns: mean and standard deviation over seeds."""
+TASKS = {"HalfCheetah-v5": "halfcheetah", "Hopper-v5": "hopper"}
+"""Tasks of the comparison, and what their benchmark and picture are called."""
+MINUTE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The runs of one agent on one task, pooled over their seeds.
+
+    Attributes:
+        training: the runs' settings, but for the seeds.
+        final: return at the end, one per seed.
+        steps: of each evaluation, (T,).
+        returns: of each evaluation, (n_seeds, T).
+        wall_s: of all runs together.
+        commands: that made them.
+    """
+
+    training: dict[str, Any]
+    final: list[float]
+    steps: NDArray[Any]
+    returns: NDArray[Any]
+    wall_s: float
+    commands: list[str]
+
+    @property
+    def critic(self) -> str:
+        return "x".join(map(str, self.training["config"]["critic"]["hidden"]))
+
+    @property
+    def is_for(self) -> tuple[str, str]:
+        """Task and algorithm."""
+        return self.training["env_id"], self.training["algo"]
+
+    def minutes_to(self, evaluation: int) -> float:
+        """Of one seed up to that evaluation: wall time over the seeds trained at once."""
+        share = self.steps[evaluation] / self.training["steps"]
+        return self.wall_s / MINUTE_S * share / len(self.final)
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read(folder: Path) -> Learned | None:
+    """The run in a folder, None while it is not finished."""
+    run = _load(folder / "run.json")
+    if run["status"] != "finished":
+        return None
+    metrics = pyarrow.parquet.read_table(folder / "metrics.parquet").to_pydict()
+    steps = sorted(set(metrics["step"]))
+    seeds: list[int] = run["training"]["seeds"]
+    returns = np.full((len(seeds), len(steps)), np.nan)
+    rows = zip(metrics["seed"], metrics["step"], metrics["return"], strict=True)
+    for seed, step, value in rows:
+        returns[seeds.index(seed), steps.index(step)] = value
+    training = {name: value for name, value in run["training"].items() if name != "seeds"}
+    final = [seed["final_return"] for seed in run["seeds"]]
+    return Learned(training, final, np.array(steps), returns, run["wall_s"], [run["command"]])
+
+
+def pooled() -> list[Learned]:
+    """All finished runs; those that differ in their seeds alone are one."""
+    found: list[Learned] = []
+    for path in sorted(RUNS.glob("*/run.json")):
+        run = _read(path.parent)
+        if run is None:
+            continue
+        same = next((i for i, one in enumerate(found) if one.training == run.training), None)
+        if same is None:
+            found.append(run)
+            continue
+        one = found[same]
+        found[same] = replace(
+            one,
+            final=one.final + run.final,
+            returns=np.concatenate([one.returns, run.returns]),
+            wall_s=one.wall_s + run.wall_s,
+            commands=one.commands + run.commands,
+        )
+    return found
+
+
+def table() -> str:
+    """Each agent and task, with its reference and the commands."""
+    lines = [
+        "| task | agent | critic | steps | seeds | mean final return | per seed | wall time "
+        "| reference |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    runs = pooled()
+    for run in runs:
+        env, algo = run.is_for
+        lines.append(
+            f"| {env} | {algo.upper()} | {run.critic} | {run.training['steps']} "
+            f"| {len(run.final)} | {statistics.fmean(run.final):.0f} "
+            f"| {' '.join(f'{value:.0f}' for value in run.final)} "
+            f"| {run.wall_s / MINUTE_S:.0f} min | {REFERENCES.get((env, algo), '-')} |"
+        )
+    commands = [f"    {command}" for run in runs for command in run.commands]
+    return "\n".join([*lines, "", *commands])
+
+
+def time_to_return() -> str:
+    """When CrossQ reaches what SAC has after 100k steps, against one run of SB3's SAC."""
+    lines = [
+        "| task | agent | goal: SAC's return at 100k steps | steps to it | minutes a seed "
+        "| SB3's SAC, 100k steps | share of SB3's time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    runs = pooled()
+    for env, name in TASKS.items():
+        sac = next((run for run in runs if run.is_for == (env, "sac")), None)
+        if sac is None:
+            continue
+        rates = {row["algo"]: row for row in _load(SPEED / f"{name}.json")["rows"]}
+        sb3_minutes = sac.training["steps"] / rates["sac"]["sb3_steps_per_s"] / MINUTE_S
+        goals = {
+            "our SAC's mean": statistics.fmean(sac.final),
+            "the reference's": float(REFERENCES[env, "sac"].split()[0]),
+        }
+        for run in (run for run in runs if run.is_for == (env, "crossq")):
+            for whose, goal in goals.items():
+                start = f"| {env} | CrossQ {run.critic} | {goal:.0f} ({whose}) "
+                reached = np.flatnonzero(run.returns.mean(0) >= goal)
+                if not len(reached):
+                    lines.append(f"{start}| not reached | - | {sb3_minutes:.0f} min | - |")
+                    continue
+                minutes = run.minutes_to(reached[0])
+                lines.append(
+                    f"{start}| {run.steps[reached[0]]} | {minutes:.1f} min "
+                    f"| {sb3_minutes:.0f} min | {minutes / sb3_minutes:.2f} |"
+                )
+    return "\n".join(lines)
+
+
+def draw(env: str, sac: Learned, crossq: Learned) -> None:
+    """Both agents' curves on one task."""
+    reached = crossq.steps[crossq.returns.mean(0) >= statistics.fmean(sac.final)]
+    headline = f"CrossQ has not reached SAC's return after {crossq.steps[-1]:,} steps"
+    if len(reached):
+        headline = f"CrossQ has after {reached[0]:,} steps what SAC has after {sac.steps[-1]:,}"
+    curves = [
+        plots.Curve("SAC, no norm", sac.steps, sac.returns, plots.GREY),
+        plots.Curve(f"CrossQ {crossq.critic}", crossq.steps, crossq.returns, plots.BLUE),
+    ]
+    title = f"{env}, seeds: {len(sac.final)} of SAC and {len(crossq.final)} of CrossQ"
+    plots.learning_curves(
+        [plots.Panel(title, curves)],
+        ROOT / "docs" / "images" / f"{TASKS[env]}.png",
+        headline=headline,
+        best=None,
+        each_seed=True,
+    )
+
+
+def main() -> None:
+    runs = pooled()
+    for env in TASKS:
+        sac, crossq = (
+            next((run for run in runs if run.is_for == (env, algo)), None)
+            for algo in ("sac", "crossq")
+        )
+        if sac is not None and crossq is not None:
+            draw(env, sac, crossq)
+
+
+if __name__ == "__main__":
+    main()
