@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-_TRIM_THRESHOLD, _MOST_MMAPS, _MOST_ARENAS = -1, -4, -8  # glibc's M_...: mallopt's parameters
+# glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX, and how large the heaps of its threads are.
+_TRIM_THRESHOLD, _TOP_PAD, _MOST_MMAPS = -1, -2, -4
+_HEAP = 64 << 20
 
 
 def keep_freed_memory() -> bool:
-    """One heap for all threads that never shrinks, and no block outside it (glibc's ``mallopt``).
+    """Heaps that never shrink, and no block outside them (glibc's ``mallopt``).
 
     Training allocates and frees the same tens of MiB at every update. glibc hands them back to the
     system and gets them again page by page, each page cleared: some 9000 page faults an update. It
@@ -21,8 +23,10 @@ def keep_freed_memory() -> bool:
         Whether it could: False with a C library that has no ``mallopt`` or refuses a setting
         (macOS, Windows, musl), where nothing is needed or nothing can be done.
     """
+    # A pad as large as a thread's heap keeps its empty heaps. One heap for all threads would do so
+    # too, and they would wait for each other.
+    settings = {_TRIM_THRESHOLD: 2**31 - 1, _MOST_MMAPS: 0, _TOP_PAD: _HEAP}
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        settings = {_TRIM_THRESHOLD: 2**31 - 1, _MOST_MMAPS: 0, _MOST_ARENAS: 1}
         return all([mallopt(name, value) for name, value in settings.items()])
     return False
