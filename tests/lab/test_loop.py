@@ -28,6 +28,7 @@ from jax import Array
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
+from batchproof import records
 from batchproof.envs.constant_reward import ConstantRewardEnv
 from batchproof.errors import BatchproofError
 from batchproof.lab import checkpoint, loop, off_policy, replay
@@ -306,6 +307,21 @@ def test_a_kill_in_the_last_moment_loses_nothing(
     assert_same_metrics(result, whole.result)
     assert result.seeds == whole.result.seeds
     assert_same_agents(tmp_path, whole.out)
+
+
+def test_the_wall_time_of_a_resumed_run_counts_what_came_before(
+    finished: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    training = finished("jax").training
+    first = train(training, tmp_path, progress=False, stop=lambda step, returns: True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["status"] == "stopped"
+    assert record["wall_s"] == first.wall_s > 0
+    hours = 10_000.0
+    records.write_json(tmp_path / "run.json", record | {"wall_s": hours})
+    second = train(training, tmp_path, progress=False)
+    assert hours < second.wall_s < hours + 1_000
+    assert records.read_json(tmp_path / "run.json")["wall_s"] == second.wall_s
 
 
 def test_a_finished_run_is_read_back(finished: Callable[[str], Finished]) -> None:

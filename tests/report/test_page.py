@@ -154,9 +154,12 @@ def test_a_diverged_seed_counts_as_the_lowest_return_seen(tmp_path, training, wr
     assert cell["filled"][1] == [1, -7, -7]
 
 
-def test_runs_of_unequal_length_are_compared_where_both_have_been(tmp_path, training, write_run):
+@pytest.mark.parametrize("status", ["running", "stopped"])
+def test_runs_of_unequal_length_are_compared_where_both_have_been(
+    tmp_path, training, write_run, status
+):
     runs = [
-        write_run(tmp_path / "a", training(), status="running", steps=(10, 20)),
+        write_run(tmp_path / "a", training(), status=status, steps=(10, 20)),
         write_run(tmp_path / "b", training("sac"), steps=(10, 20, 30)),
     ]
     [said] = report.write(runs, tmp_path / "r.html")
@@ -164,6 +167,8 @@ def test_runs_of_unequal_length_are_compared_where_both_have_been(tmp_path, trai
     read = Reader((tmp_path / "r.html").read_text())
     assert read.column("Conditions", "Mean") == ["70", "70"]
     assert read.column("Runs", "State") == ["unfinished", "finished"]
+    # Each took a minute, one for 20 steps and the other for 30.
+    assert read.column("Conditions", "Time to threshold") == ["30.0 s", "20.0 s"]
     late = write_run(tmp_path / "c", training("ddpg"), steps=(500,))
     with pytest.raises(BatchproofError, match="report them apart"):
         report.write([*runs, late], tmp_path / "r.html")

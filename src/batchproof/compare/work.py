@@ -80,7 +80,7 @@ def recall(population: Population, past: Mapping[str, Any]) -> None:
     if past.get("state") == "finished" and past.get("steps_per_s"):
         population.wall_s, population.speed = past["wall_s"], past["steps_per_s"]
     elif population.result is not None:
-        population.wall_s += population.result.wall_s
+        population.wall_s = population.result.wall_s
         population.speed = _speed(population, population.training.steps, population.wall_s)
 
 

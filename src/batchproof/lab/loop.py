@@ -36,7 +36,7 @@ class Result(NamedTuple):
 
     metrics: dict[str, np.ndarray]  # columns, a row for each evaluation and seed
     seeds: list[dict[str, Any]]  # for each: seed, status, diverged_at, final_return
-    wall_s: float  # of this process; a resumed run counts from the resume
+    wall_s: float  # of all calls together, each up to the checkpoint where the next went on
 
 
 def train(
@@ -150,10 +150,11 @@ class _Run:
         began = time.perf_counter()
         folder = self.out / "checkpoint"
         if checkpoint.read_state(folder) is not None:
+            began -= self._recorded_wall_s()
             stepper.restore(folder)
             columns = read_metrics(self.out / "metrics.parquet")
             self.rows = [row for row in _rows(columns) if row["step"] <= stepper.step]
-        self._write_record("running", 0.0)
+        self._write_record("running", time.perf_counter() - began)
         saved = time.monotonic()
         with _bar(progress, label, steps, stepper.step) as bar:
             while stepper.step < steps:
@@ -167,6 +168,7 @@ class _Run:
                     # The rows first: no checkpoint stands for evaluations that are not on disk.
                     self._write_metrics()
                     stepper.save(folder)
+                    self._write_record("running", time.perf_counter() - began)
                     saved = time.monotonic()
                 if stopped:
                     wall_s = time.perf_counter() - began
@@ -177,6 +179,10 @@ class _Run:
         stepper.save_agents(folder)
         seeds = self._write_record("finished", wall_s)
         return Result(_columns(self.rows), seeds, wall_s)
+
+    def _recorded_wall_s(self) -> float:
+        path = self.out / "run.json"
+        return float(records.read_json(path).get("wall_s") or 0.0) if path.exists() else 0.0
 
     def _evaluate(self, bar: Any) -> list[float]:
         returns, measures = self.stepper.evaluate(), self.stepper.measure()

@@ -44,8 +44,8 @@ class Cell:
         steps: environment steps of the evaluations, shape (T,).
         metrics: by name, shape (seeds, T); ``return`` is always there. NaN after a divergence.
         source: the folder, as given.
-        facts: what its record says besides: ``status``, ``wall_s``, ``steps``, ``command``,
-            ``git_sha``, ``versions``; what is unknown is missing.
+        facts: what its record says besides: ``status``, ``wall_s``, ``command``, ``git_sha``,
+            ``versions``; what is unknown is missing.
         settings: what was chosen, flat, for naming.
         environment: the environment's id and options, flat, for naming.
     """
@@ -144,7 +144,7 @@ def _read_run(folder: Path) -> list[Cell]:
                     {name: values[mine] for name, values in columns.items()},
                     folder,
                     plan=settings.get("plan"),
-                    facts=facts | {"steps": training.get("steps")},
+                    facts=facts,
                     settings=settings,
                     environment={"env_id": training["env_id"]} | json.loads(text),
                 )
@@ -165,9 +165,7 @@ def _read_study(folder: Path) -> list[Cell]:
     keys = keys or [()] * len(columns["seed"])
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     numbers = np.array([number[key] for key in keys])
-    facts = {
-        key: study[key] for key in ("command", "versions", "steps") if study.get(key) is not None
-    }
+    facts = {key: study[key] for key in ("command", "versions") if study.get(key) is not None}
     found = []
     for key in number:
         mine = numbers == number[key]

@@ -584,10 +584,10 @@ def _conditions_html(tasks: Sequence[_Task]) -> str:
     for task in tasks:
         for s in task.cells:
             low, high = float(s.final.min()), float(s.final.max())
-            wall = s.cell.facts.get("wall_s") or None  # 0 while a run is under way
-            total = s.cell.facts.get("steps")
+            wall = s.cell.facts.get("wall_s") or None  # 0 before the first checkpoint
+            total = s.cell.steps[-1]  # a run that is under way, or was stopped, ends here
             median = s.crossing.median
-            seconds = median * wall / total if wall and total and math.isfinite(median) else None
+            seconds = median * wall / total if wall and math.isfinite(median) else None
             rows.append(
                 [
                     _head(s),
@@ -771,7 +771,9 @@ def _runs_html(tasks: Sequence[_Task]) -> str:
                     *([_text(task.name)] if len(tasks) > 1 else []),
                     _text(_ranges(s.cell.seeds)),
                     _number(float(s.cell.steps[-1])),
-                    _text("unfinished" if facts.get("status") == "running" else "finished"),
+                    _text(
+                        "finished" if facts.get("status") in (None, "finished") else "unfinished"
+                    ),
                     _text(listed),
                     _text(str(facts.get("git_sha") or "")[:10]),
                     _text(str(facts.get("command") or ""), code=True),
