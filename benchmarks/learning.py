@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from batchproof.lab.load import training_from_record
 from batchproof.study import plots
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,17 @@ class Learned:
         """Task and algorithm."""
         return self.training["env_id"], self.training["algo"]
 
+    @property
+    def late(self) -> float:
+        """Mean return over seeds and over the evaluations of the last fifth."""
+        return float(self.returns[:, self.steps > 0.8 * self.training["steps"]].mean())
+
+    def reached(self, goal: float) -> int | None:
+        """The evaluation from which on the mean over seeds is never below the goal again."""
+        below = np.flatnonzero(~(self.returns.mean(0) >= goal))
+        first = int(below[-1]) + 1 if len(below) else 0
+        return first if first < len(self.steps) else None
+
     def minutes_to(self, evaluation: int) -> float:
         """Of one seed up to that evaluation: wall time over the seeds trained at once."""
         share = self.steps[evaluation] / self.training["steps"]
@@ -88,7 +100,9 @@ def _read(folder: Path) -> Learned | None:
     rows = zip(metrics["seed"], metrics["step"], metrics["return"], strict=True)
     for seed, step, value in rows:
         returns[seeds.index(seed), steps.index(step)] = value
-    training = {name: value for name, value in run["training"].items() if name != "seeds"}
+    # A setting that is newer than the record has its default there.
+    held = training_from_record(run["training"], folder / "run.json").record()
+    training = {name: value for name, value in held.items() if name != "seeds"}
     final = [seed["final_return"] for seed in run["seeds"]]
     return Learned(training, final, np.array(steps), returns, run["wall_s"], [run["command"]])
 
@@ -118,9 +132,9 @@ def pooled() -> list[Learned]:
 def table() -> str:
     """Each agent and task, with its reference and the commands."""
     lines = [
-        "| task | agent | critic | steps | seeds | mean final return | per seed | wall time "
-        "| reference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | agent | critic | steps | seeds | mean final return | per seed | last fifth "
+        "| wall time | reference |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     runs = pooled()
     for run in runs:
@@ -128,7 +142,7 @@ def table() -> str:
         lines.append(
             f"| {env} | {algo.upper()} | {run.critic} | {run.training['steps']} "
             f"| {len(run.final)} | {statistics.fmean(run.final):.0f} "
-            f"| {' '.join(f'{value:.0f}' for value in run.final)} "
+            f"| {' '.join(f'{value:.0f}' for value in run.final)} | {run.late:.0f} "
             f"| {run.wall_s / MINUTE_S:.0f} min | {REFERENCES.get((env, algo), '-')} |"
         )
     commands = [f"    {command}" for run in runs for command in run.commands]
@@ -145,7 +159,7 @@ def time_to_return() -> str:
     runs = pooled()
     for env, name in TASKS.items():
         sac = next((run for run in runs if run.is_for == (env, "sac")), None)
-        if sac is None:
+        if sac is None or not (SPEED / f"{name}.json").is_file():
             continue
         rates = {row["algo"]: row for row in _load(SPEED / f"{name}.json")["rows"]}
         sb3_minutes = sac.training["steps"] / rates["sac"]["sb3_steps_per_s"] / MINUTE_S
@@ -156,13 +170,13 @@ def time_to_return() -> str:
         for run in (run for run in runs if run.is_for == (env, "crossq")):
             for whose, goal in goals.items():
                 start = f"| {env} | CrossQ {run.critic} | {goal:.0f} ({whose}) "
-                reached = np.flatnonzero(run.returns.mean(0) >= goal)
-                if not len(reached):
+                reached = run.reached(goal)
+                if reached is None:
                     lines.append(f"{start}| not reached | - | {sb3_minutes:.0f} min | - |")
                     continue
-                minutes = run.minutes_to(reached[0])
+                minutes = run.minutes_to(reached)
                 lines.append(
-                    f"{start}| {run.steps[reached[0]]} | {minutes:.1f} min "
+                    f"{start}| {run.steps[reached]} | {minutes:.1f} min "
                     f"| {sb3_minutes:.0f} min | {minutes / sb3_minutes:.2f} |"
                 )
     return "\n".join(lines)
@@ -170,10 +184,11 @@ def time_to_return() -> str:
 
 def draw(env: str, sac: Learned, crossq: Learned) -> None:
     """Both agents' curves on one task."""
-    reached = crossq.steps[crossq.returns.mean(0) >= statistics.fmean(sac.final)]
+    reached = crossq.reached(statistics.fmean(sac.final))
     headline = f"CrossQ has not reached SAC's return after {crossq.steps[-1]:,} steps"
-    if len(reached):
-        headline = f"CrossQ has after {reached[0]:,} steps what SAC has after {sac.steps[-1]:,}"
+    if reached is not None:
+        steps = int(crossq.steps[reached])
+        headline = f"CrossQ has after {steps:,} steps what SAC has after {sac.steps[-1]:,}"
     curves = [
         plots.Curve("SAC, no norm", sac.steps, sac.returns, plots.GREY),
         plots.Curve(f"CrossQ {crossq.critic}", crossq.steps, crossq.returns, plots.BLUE),
