@@ -33,7 +33,7 @@ lint: .venv/.dev  ## ruff and mypy
 bench: .venv/.bench  ## measure speed against Stable-Baselines3 and SBX (an hour; an idle machine)
 	@echo "== Measuring; keep the machine idle"
 	$(BIN)/python benchmarks/constant_reward.py
-	$(BIN)/python benchmarks/mujoco.py
+	$(BIN)/python benchmarks/mujoco_speed.py
 
 docs: .venv/.docs  ## build the documentation into site/
 	@echo "== Building the documentation"

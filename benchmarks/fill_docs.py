@@ -461,6 +461,7 @@ TABLES = {
             _benchmark(f"constant_reward_{width}") for width in (64, 256)
         ),
         "halfcheetah": lambda: _benchmark("halfcheetah"),
+        "hopper": lambda: _benchmark("hopper"),
         "gemm": lambda: _benchmark("gemm"),
         "audit": lambda: _benchmark("audit"),
         "layers": lambda: _benchmark("layers"),

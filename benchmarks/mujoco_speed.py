@@ -1,6 +1,6 @@
 """A MuJoCo task, one seed, nets 256x256: environment steps per second, everything included.
 
-    python benchmarks/mujoco.py [--env Hopper-v5] [--agents sac] [--rounds 5] [--steps 1500]
+    python benchmarks/mujoco_speed.py [--env Hopper-v5] [--agents sac] [--rounds 5] [--steps 1500]
 
 Stable-Baselines3, SBX and ours in turn, each in a fresh process: environment, acting, storing and
 learning, timed after 500 warm-up steps. Ours a second time with batch norm in both networks under
