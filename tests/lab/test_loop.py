@@ -324,6 +324,17 @@ def test_the_wall_time_of_a_resumed_run_counts_what_came_before(
     assert records.read_json(tmp_path / "run.json")["wall_s"] == second.wall_s
 
 
+@pytest.mark.parametrize("edited", ["an hour", -1.0])
+def test_a_wall_time_that_was_edited_does_not_stop_a_run(
+    edited: Any, finished: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    training = finished("jax").training
+    train(training, tmp_path, progress=False, stop=lambda step, returns: True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    records.write_json(tmp_path / "run.json", record | {"wall_s": edited})
+    assert 0 < train(training, tmp_path, progress=False).wall_s < 1_000
+
+
 def test_a_finished_run_is_read_back(finished: Callable[[str], Finished]) -> None:
     whole = finished("jax")
     before = {path: path.stat().st_mtime_ns for path in whole.out.rglob("*.*") if path.suffix}

@@ -182,7 +182,9 @@ class _Run:
 
     def _recorded_wall_s(self) -> float:
         path = self.out / "run.json"
-        return float(records.read_json(path).get("wall_s") or 0.0) if path.exists() else 0.0
+        held = records.read_json(path).get("wall_s") if path.exists() else None
+        # No time is worth the run: a record that was edited counts from here.
+        return held if isinstance(held, float) and 0 <= held < math.inf else 0.0
 
     def _evaluate(self, bar: Any) -> list[float]:
         returns, measures = self.stepper.evaluate(), self.stepper.measure()
