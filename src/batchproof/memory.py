@@ -14,10 +14,10 @@ def keep_freed_memory() -> bool:
     """Heaps that never shrink, and no block outside them (glibc's ``mallopt``).
 
     Training allocates and frees the same tens of MiB at every update. glibc hands them back to the
-    system and gets them again page by page, each page cleared. It holds for the whole process,
-    from now on, and no number changes. The price is that the process
-    stays as large as it ever was. `batchproof.lab` does this when it is imported;
-    Stable-Baselines3's users call it themselves, before they train on images.
+    system and gets them again page by page, each page cleared. The call holds for the whole
+    process, from now on, and no number changes. The price is that the process stays as large as it
+    ever was. `batchproof.lab` does this when it is imported; Stable-Baselines3's users call it
+    themselves, before they train on images. Source: mallopt(3).
 
     Returns:
         Whether it could: False with a C library that has no ``mallopt`` or refuses a setting
