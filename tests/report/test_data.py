@@ -109,6 +109,9 @@ def test_runs_of_one_condition_with_other_seeds_are_joined(tmp_path, training, w
     assert cell.seeds == (0, 1, 7)
     assert cell.steps.tolist() == [20, 30]
     assert cell.metrics["return"].tolist() == [[20, 30], [120, 130], [720, 730]]
+    assert cell.facts["wall_s"] == 120.0
+    # 60 s for 30 steps and 60 s for 40, whatever part of them the joined curve shows.
+    assert cell.facts["seconds_per_step"] == pytest.approx(60 / 30 + 60 / 40)
 
 
 def test_runs_of_one_condition_with_the_same_seeds_are_told_apart_by_folder(

@@ -174,6 +174,17 @@ def test_runs_of_unequal_length_are_compared_where_both_have_been(
         report.write([*runs, late], tmp_path / "r.html")
 
 
+def test_the_time_to_a_threshold_of_joined_runs_is_the_sum_of_theirs(tmp_path, training, write_run):
+    runs = [
+        write_run(tmp_path / "a", training(seeds=(0,)), status="stopped", steps=(10, 20)),
+        write_run(tmp_path / "b", training(seeds=(1,)), steps=(10, 20, 30)),
+    ]
+    report.write(runs, tmp_path / "r.html", threshold=-1e9)
+    # A minute each, for 20 steps and for 30; both are there at the first evaluation.
+    found = Reader((tmp_path / "r.html").read_text()).column("Conditions", "Time to threshold")
+    assert found == ["50.0 s"]
+
+
 def test_scores_across_tasks_are_scaled_within_each(tmp_path, training, write_run):
     for env, top in (("A-v0", 10.0), ("B-v0", 1000.0)):
         for algo, share in (("td3", 0.0), ("sac", 1.0)):

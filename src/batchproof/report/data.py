@@ -45,7 +45,7 @@ class Cell:
         metrics: by name, shape (seeds, T); ``return`` is always there. NaN after a divergence.
         source: the folder, as given.
         facts: what its record says besides: ``status``, ``wall_s``, ``command``, ``git_sha``,
-            ``versions``; what is unknown is missing.
+            ``versions``; of joined runs also ``seconds_per_step``. What is unknown is missing.
         settings: what was chosen, flat, for naming.
         environment: the environment's id and options, flat, for naming.
     """
@@ -418,6 +418,11 @@ def _joined(group: Sequence[Cell], steps: NDArray[np.float64]) -> Cell:
     facts = dict(group[0].facts)
     if walls:
         facts["wall_s"] = sum(walls)
+    if len(walls) == len(group):
+        # Each over its own steps: the joined curve ends with the shortest of them.
+        facts["seconds_per_step"] = sum(
+            wall / cell.steps[-1] for wall, cell in zip(walls, group, strict=True)
+        )
     if states - {"finished", None}:
         facts["status"] = "running"
     return replace(

@@ -585,9 +585,11 @@ def _conditions_html(tasks: Sequence[_Task]) -> str:
         for s in task.cells:
             low, high = float(s.final.min()), float(s.final.max())
             wall = s.cell.facts.get("wall_s") or None  # 0 before the first checkpoint
-            total = s.cell.steps[-1]  # a run that is under way, or was stopped, ends here
+            pace = s.cell.facts.get("seconds_per_step")
+            if wall and pace is None:
+                pace = wall / s.cell.steps[-1]  # a run under way, or stopped, ends here
             median = s.crossing.median
-            seconds = median * wall / total if wall and math.isfinite(median) else None
+            seconds = median * pace if wall and math.isfinite(median) else None
             rows.append(
                 [
                     _head(s),
