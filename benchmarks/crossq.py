@@ -4,8 +4,10 @@
 
 sb3-contrib, SBX and ours in turn, each in a fresh process: environment, acting, storing and
 learning, timed after 200 warm-up steps. Equal networks (actor 2x256, Batch Renorm on the input and
-after each ReLU), batch 256, an actor update every third step. The floor is the time that the matrix
-products of an update alone would take at the best rate that a product reaches here.
+after each ReLU), batch 256, an actor update every third step. Where the CPU has instructions for
+bfloat16, ours runs a second time with ``--critic-precision bfloat16``. The floor is the time that
+the matrix products of an update alone would take at the best rate that a product of that type
+reaches here.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from typing import Any
 
 import bench
 
+from batchproof import cpu
+
+OURS = {"ours": "float32", "ours, bfloat16": "bfloat16"}
+"""Our sides, and the precision of the critics' products."""
 WARM_UP, LEARNING_STARTS = 200, 100
 OBS, ACTION, ACTOR_WIDTH, BATCH = 17, 6, 256, 256
 
@@ -45,7 +51,7 @@ def library_worker(library: str, width: int, steps: int) -> dict[str, float]:
     return {"steps_per_s": steps / (time.perf_counter() - began)}
 
 
-def lab_worker(width: int, steps: int) -> dict[str, float]:
+def lab_worker(precision: str, width: int, steps: int) -> dict[str, float]:
     from batchproof.lab.agents.crossq import RENORM, Config
     from batchproof.lab.nets import MLP
     from batchproof.lab.off_policy import Stepper
@@ -54,7 +60,10 @@ def lab_worker(width: int, steps: int) -> dict[str, float]:
     run = Stepper(
         Training(
             algo="crossq",
-            config=Config(actor=MLP((ACTOR_WIDTH,) * 2, RENORM), critic=MLP((width,) * 2, RENORM)),
+            config=Config(
+                actor=MLP((ACTOR_WIDTH,) * 2, RENORM),
+                critic=MLP((width,) * 2, RENORM, precision=precision),
+            ),
             env_id="HalfCheetah-v5",
             # The replay is as large as in a run of a million steps.
             steps=1_000_000,
@@ -68,7 +77,7 @@ def lab_worker(width: int, steps: int) -> dict[str, float]:
     return {
         "steps_per_s": steps / seconds,
         "peak_mib": bench.peak_memory_mib(),
-        "gemm_gflops": bench.best_gemm_gflops(),
+        "gemm_gflops": bench.best_gemm_gflops(precision),
     }
 
 
@@ -98,56 +107,62 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         kind, width, steps = args.worker[0], *map(int, args.worker[1:])
-        done = lab_worker(width, steps) if kind == "ours" else library_worker(kind, width, steps)
+        ours = OURS.get(kind)
+        done = lab_worker(ours, width, steps) if ours else library_worker(kind, width, steps)
         print(json.dumps(done))
         return
     began = time.perf_counter()
+    sides = ["sb3", "sbx", "ours", *(["ours, bfloat16"] if cpu.has_bfloat16() else [])]
     size = [str(args.width), str(args.steps)]
-    samples = bench.alternate(
-        __file__, {kind: [kind, *size] for kind in ("sb3", "sbx", "ours")}, args.rounds
-    )
-    sb3, sbx, ours = samples.values()
+    samples = bench.alternate(__file__, {kind: [kind, *size] for kind in sides}, args.rounds)
     flops = update_flops(args.width)
-    floor = bench.median_of(ours, "gemm_gflops") * 1e9 / flops
-    rate = bench.median_of(ours, "steps_per_s")
-    row = {
-        "width": args.width,
-        "sb3_contrib_steps_per_s": bench.median_of(sb3, "steps_per_s"),
-        "sbx_steps_per_s": bench.median_of(sbx, "steps_per_s"),
-        "ours_steps_per_s": rate,
-        "times_sb3_contrib": bench.median_ratio(ours, sb3, "steps_per_s"),
-        "times_sbx": bench.median_ratio(ours, sbx, "steps_per_s"),
-        "gflop_per_update": flops / 1e9,
-        "gemm_gflops": bench.median_of(ours, "gemm_gflops"),
-        "floor_steps_per_s": floor,
-        "share_of_floor": rate / floor,
-        "peak_mib": bench.median_of(ours, "peak_mib"),
-    }
+
+    def row(side: str) -> dict[str, Any]:
+        ours, sb3, sbx = samples[side], samples["sb3"], samples["sbx"]
+        rate = bench.median_of(ours, "steps_per_s")
+        floor = bench.median_of(ours, "gemm_gflops") * 1e9 / flops
+        return {
+            "width": args.width,
+            "precision": OURS[side],
+            "sb3_contrib_steps_per_s": bench.median_of(sb3, "steps_per_s"),
+            "sbx_steps_per_s": bench.median_of(sbx, "steps_per_s"),
+            "ours_steps_per_s": rate,
+            "times_sb3_contrib": bench.median_ratio(ours, sb3, "steps_per_s"),
+            "times_sbx": bench.median_ratio(ours, sbx, "steps_per_s"),
+            "gflop_per_update": flops / 1e9,
+            "gemm_gflops": bench.median_of(ours, "gemm_gflops"),
+            "floor_steps_per_s": floor,
+            "share_of_floor": rate / floor,
+            "peak_mib": bench.median_of(ours, "peak_mib"),
+        }
+
+    rows = [row(side) for side in sides if side in OURS]
     record = {
         "rounds": args.rounds,
         "wall_s": time.perf_counter() - began,
-        "rows": [row],
+        "rows": rows,
         "samples": samples,
     }
     name = "crossq" if args.width == 1024 else f"crossq_{args.width}"
-    bench.write(args.out, name, record, render(row))
+    bench.write(args.out, name, record, render(rows))
 
 
-def render(row: dict[str, Any]) -> str:
-    return "\n".join(
-        [
-            "| critic | sb3-contrib steps/s | SBX steps/s | ours | times sb3-contrib | times SBX "
-            "| GFLOP an update | best GEMM, GFLOP/s | products alone, steps/s | peak MiB |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            f"| 2x{row['width']} | {row['sb3_contrib_steps_per_s']:.1f} "
-            f"| {row['sbx_steps_per_s']:.1f} | {row['ours_steps_per_s']:.1f} "
-            f"| {row['times_sb3_contrib']:.2f} | {row['times_sbx']:.2f} "
-            f"| {row['gflop_per_update']:.2f} | {row['gemm_gflops']:.0f} "
-            f"| {row['floor_steps_per_s']:.1f} ({row['share_of_floor']:.0%} reached) "
-            f"| {row['peak_mib']:.0f} |",
-            "",
-        ]
-    )
+def render(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| critic | products in | sb3-contrib steps/s | SBX steps/s | ours | times sb3-contrib "
+        "| times SBX | GFLOP an update | best GEMM, GFLOP/s | products alone, steps/s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| 2x{row['width']} | {row['precision']} | {row['sb3_contrib_steps_per_s']:.1f} "
+        f"| {row['sbx_steps_per_s']:.1f} | {row['ours_steps_per_s']:.1f} "
+        f"| {row['times_sb3_contrib']:.2f} | {row['times_sbx']:.2f} "
+        f"| {row['gflop_per_update']:.2f} | {row['gemm_gflops']:.0f} "
+        f"| {row['floor_steps_per_s']:.1f} ({row['share_of_floor']:.0%} reached) "
+        f"| {row['peak_mib']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

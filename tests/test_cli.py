@@ -35,6 +35,7 @@ MISTAKES = {
     "unknown option": ([*TRAIN, "--nrom", "batch"], "--nrom"),
     "cut-off option": ([*TRAIN, "--learning", "1e-3"], "--learning"),
     "unknown norm": ([*TRAIN, "--norm", "bach"], "unknown norm 'bach': use one of none, batch"),
+    "unknown precision": ([*TRAIN, "--critic-precision", "half"], "use one of float32, bfloat16"),
     "unknown placement": ([*TRAIN, "--norm", "batch", "--placement", "input+mid"], "'mid'"),
     "unknown mode": ([*TRAIN, "--norm", "batch", "--modes", "TEXTE"], "unknown mode plan 'TEXTE'"),
     "half a joint pass": ([*TRAIN, "--norm", "batch", "--modes", "TEEJE"], "impossible mode plan"),
@@ -162,7 +163,7 @@ json.dump(found, sys.stderr)
 
 def test_the_names_repeated_for_speed_are_the_library_s() -> None:
     from batchproof.cli import words as repeated
-    from batchproof.lab import norms, passes
+    from batchproof.lab import nets, norms, passes
     from batchproof.lab.agents import AGENTS
 
     running = [k for k in norms.KINDS if norms.init(norms.Norm(k, groups=1), 2)[1]]
@@ -176,6 +177,7 @@ def test_the_names_repeated_for_speed_are_the_library_s() -> None:
     assert tuple(norms.KINDS) == repeated.NORMS
     assert tuple(running) == repeated.RUNNING_NORMS
     assert norms.PLACEMENTS == repeated.PLACEMENTS
+    assert nets.PRECISIONS == repeated.PRECISIONS
     assert passes.TARGET_STATS == repeated.TARGET_STATS
 
 
@@ -376,6 +378,8 @@ def test_an_option_that_the_agent_has_not_is_refused(
     assert "--tau has no effect in reinforce" in complaint(capsys, *words, "--tau", "0.1")
     line = complaint(capsys, *words, "--critic-hidden", "8")
     assert "--critic-hidden has no effect: reinforce has no critic" in line
+    line = complaint(capsys, *words, "--critic-precision", "bfloat16")
+    assert "--critic-precision has no effect: reinforce has no critic" in line
     assert not (tmp_path / "run").exists()
 
 

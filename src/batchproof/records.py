@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from batchproof import cpu
 from batchproof.errors import BatchproofError
 
 if TYPE_CHECKING:
@@ -209,16 +210,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The processor's name and the cores that this process may use; nothing that names the host."""
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": name, "cores": cores}
+    return {"processor": cpu.name(), "cores": cores}
 
 
 def git_sha() -> str | None:

@@ -412,6 +412,60 @@ def test_updates_of_every_agent_end_projected(algo):
         assert np.abs(moved).max() > 1e-3
 
 
+# Precision
+
+
+class RoundedProduct(torch.autograd.Function):
+    """x @ w with all factors rounded to bfloat16, forward and backward; sums in float64."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(rounded(x), rounded(w))
+        return rounded(x) @ rounded(w)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return rounded(grad) @ w.T, x.T @ rounded(grad)
+
+
+def rounded(x):
+    return x.bfloat16().double()
+
+
+@pytest.mark.parametrize("rows", [B, B - 1])
+def test_bfloat16_rounds_the_factors_of_hidden_products_and_nothing_else(rows):
+    x, weight = draw(1, rows, O), draw(2, rows, A)
+    found = {}
+    for precision in nets.PRECISIONS:
+        mlp = MLP(WIDTHS, precision=precision)
+        network = draw_network(3, nets.init, mlp, O, A)
+
+        def loss(params, x, mlp=mlp):
+            return (nets.apply(mlp, Network(params, {}), x, T)[0] * weight).sum()
+
+        found[precision] = jax.grad(loss, argnums=(0, 1))(network.params, jnp.asarray(x))
+    ours, ours_x = found["bfloat16"]
+
+    theirs = {
+        name: {key: torch.tensor(np.asarray(value), requires_grad=True) for key, value in p.items()}
+        for name, p in network.params.items()
+    }
+    given = torch.tensor(x, requires_grad=True)
+    h = given
+    for name in ("linear_0", "linear_1"):
+        h = torch.relu(RoundedProduct.apply(h, theirs[name]["weight"]) + theirs[name]["bias"])
+    y = h @ theirs["linear_out"]["weight"] + theirs["linear_out"]["bias"]
+    (y * torch.tensor(weight)).sum().backward()
+    np.testing.assert_allclose(ours_x, given.grad, rtol=1e-5, atol=1e-5)
+    for name, layer in theirs.items():
+        for key, value in layer.items():
+            np.testing.assert_allclose(ours[name][key], value.grad, rtol=1e-5, atol=1e-5)
+    # It is another result than without rounding, by more than these tolerances.
+    off = np.abs(ours_x - found["float32"][1]).max()
+    assert 1e-3 < off < 0.1 * np.abs(ours_x).max()
+
+
 # Mistakes
 
 
@@ -424,6 +478,11 @@ def test_hidden_layers_need_positive_widths(hidden):
 def test_an_unknown_projection_says_what_to_write():
     with pytest.raises(BatchproofError, match="'unit': use one of none, hidden, all"):
         MLP(project="unit")
+
+
+def test_an_unknown_precision_says_what_to_write():
+    with pytest.raises(BatchproofError, match="'half': use one of float32, bfloat16"):
+        MLP(precision="half")
 
 
 def test_before_action_needs_two_hidden_layers():

@@ -105,6 +105,33 @@ def test_off_is_the_librarys_own_with_its_gradients():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_linear_layer_is_the_librarys_however_it_is_computed(monkeypatch, slow):
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: slow)
+    ours = built(NatureCNN)[0].linear[0]
+    convolutions = []
+    real = module.functional.conv2d
+    monkeypatch.setattr(
+        module.functional, "conv2d", lambda *args: convolutions.append(args) or real(*args)
+    )
+    theirs = nn.Linear(ours.in_features, ours.out_features)
+    theirs.load_state_dict(ours.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    for rows in (ours.FEWEST_ROWS - 1, ours.FEWEST_ROWS):
+        x = torch.randn(rows, ours.in_features, generator=generator)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [layer(given) for layer, given in zip((ours, theirs), inputs, strict=True)]
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+        for output in outputs:
+            output.square().mean().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-6)
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-6)
+    assert len(convolutions) == slow
+    with torch.no_grad():  # acting is the library's to the last bit
+        assert torch.equal(ours(x), theirs(x))
+
+
 def test_the_convolutions_run_with_channels_last():
     network, _ = built(NatureCNN)
     seen = []
@@ -187,7 +214,9 @@ def test_batch_norm_sits_between_each_convolution_and_its_relu():
     network, _ = built(NatureCNN, use_batch_norm=True)
     kinds = [type(layer) for layer in network.cnn]
     assert kinds == 3 * [nn.Conv2d, BatchNorm2d, nn.ReLU] + [nn.Flatten]
-    assert [type(layer) for layer in network.linear] == [nn.Linear, nn.ReLU]
+    linear, relu = network.linear
+    assert isinstance(linear, nn.Linear)
+    assert isinstance(relu, nn.ReLU)
     seen = {}
     network.cnn[4].register_forward_hook(lambda layer, inputs, output: seen.update(y=output))
     network(images(64))

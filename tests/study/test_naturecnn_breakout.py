@@ -147,6 +147,32 @@ def test_cures_are_ranked_and_held_against_the_library():
     assert "minus_none" not in found[0]
 
 
+def test_bfloat16_is_held_against_float32():
+    made = outcome({"none": 9.0, "none-bf16": 8.0}, cpu={"none": 2.0, "none-bf16": 1.0})
+    found = study.bfloat16(made)
+    assert found["final"][1] < found["final"][0] < found["final"][2]
+    assert found["final"][0] == pytest.approx(-1.0, abs=0.5)
+    assert found["early"][0] == pytest.approx(-0.5, abs=0.2)
+    assert found["update_cpu_factor"][0] == pytest.approx(0.5, abs=0.05)
+    assert study.bfloat16(outcome({"none": 9.0})) is None
+
+
+def test_all_conditions_leave_out_what_a_cpu_would_emulate(tmp_path, monkeypatch):
+    asked = []
+
+    def run_cells(cells, *_args, **_options):
+        asked.append({cell.name.rsplit("-seed", 1)[0] for cell in cells})
+        return {}
+
+    monkeypatch.setattr(study, "run_cells", run_cells)
+    for has in (True, False):
+        monkeypatch.setattr(study.cpu, "has_bfloat16", lambda has=has: has)
+        with pytest.raises(BatchproofError, match="--budget"):
+            study.run(tmp_path, conditions="all", progress=False)
+    assert asked[0] - asked[1] == {"none-bf16"}
+    assert asked[0] == set(BY_KEY)
+
+
 def test_conditions_differ_and_cover_every_cure():
     cells = [replace(study.cell_of(c, 0, STEPS), name="") for c in study.CONDITIONS]
     assert len(set(cells)) == len(study.CONDITIONS)
@@ -252,6 +278,16 @@ def test_finished_cells_are_read_back_and_others_refused(trained, monkeypatch):
     np.testing.assert_array_equal(again.metrics["step"], found.metrics["step"])
     with pytest.raises(BatchproofError, match="other settings"):
         pixels.run_cells([replace(cell, steps=128)], out, progress=False)
+    # A cell from before a setting was there has its default.
+    path = out / "cells/a/run.json"
+    record = records.read_json(path)
+    older = {key: value for key, value in record["cell"].items() if key != "autocast"}
+    records.write_json(path, record | {"cell": older})
+    held = pixels.run_cells([cell], out, progress=False)["a"]
+    assert held.record["score"] == found.record["score"]
+    with pytest.raises(BatchproofError, match="other settings"):
+        pixels.run_cells([replace(cell, autocast="bfloat16")], out, progress=False)
+    records.write_json(path, record)
 
 
 def test_no_cell_begins_after_the_budget(trained, monkeypatch):

@@ -7,10 +7,12 @@ import difflib
 import json
 import math
 import shlex
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from batchproof import cpu
 from batchproof.cli import words
 from batchproof.errors import BatchproofError
 from batchproof.modes import Plan, Slot
@@ -89,6 +91,12 @@ def add_to(commands: Any) -> None:
     add("--hidden", type=words.widths, metavar="N,N", help=help_)
     add("--actor-hidden", type=words.widths, metavar="N,N", help="of the actor [--hidden]")
     add("--critic-hidden", type=words.widths, metavar="N,N", help="of the critics [--hidden]")
+    help_ = (
+        "what factors of the critics' hidden products are rounded to: "
+        f"{words.either(words.PRECISIONS)} [float32]"
+    )
+    precision = words.one_of("precision", words.PRECISIONS)
+    add("--critic-precision", type=precision, metavar="TYPE", help=help_)
     positive = words.real("a positive finite number", 0, open_low=True)
     add("--learning-rate", type=positive, metavar="X", help="Adam's [by ALGO]")
     help_ = "discount per environment step [by ALGO]"
@@ -136,6 +144,12 @@ def run(args: argparse.Namespace, command: str) -> int:
     check_effects(args)
     training = training_of(args, words.pairs("--env-option", args.env_option))
     finished = _is_finished(args.out)
+    if args.critic_precision == "bfloat16" and cpu.has_bfloat16() is False:
+        print(
+            "batchproof: this CPU has no instructions for bfloat16: without a GPU it will not be "
+            "faster than float32",
+            file=sys.stderr,
+        )
 
     from batchproof.lab.loop import train
 
@@ -259,6 +273,8 @@ def _mlp(args: argparse.Namespace, network: str, config: Any) -> Any:
     """A network of the agent's configuration with what was asked for; None where it has none."""
     held = getattr(config, network, None)
     own = {name: getattr(args, f"{network}_{name}") for name in ("hidden", "norm", "placement")}
+    if network == "critic":
+        own["precision"] = args.critic_precision
     own = {name: value for name, value in own.items() if value is not None}
     if held is None:
         for name in own:
@@ -270,7 +286,7 @@ def _mlp(args: argparse.Namespace, network: str, config: Any) -> Any:
         norm = replace(norm, placement=asked["placement"])
     if norm.kind != "none":
         norm = replace(norm, **words.given(args, "momentum", "eps", "groups", "estimator"))
-    changes = {"norm": norm} | ({"hidden": asked["hidden"]} if "hidden" in asked else {})
+    changes = {"norm": norm} | {key: asked[key] for key in ("hidden", "precision") if key in asked}
     if args.project_weights and held.project == "none":
         changes["project"] = "hidden"
     return replace(held, **changes)

@@ -32,6 +32,7 @@ NORMS = ("none", "batch", "renorm", "layer", "group", "rms")
 ESTIMATORS = ("ema", "debiased", "cumulative", "chan", "winsorized", "huber", "median-of-means")
 RUNNING_NORMS = ("batch", "renorm")  # those that keep running statistics, so modes matter
 PLACEMENTS = ("input", "pre", "post", "before-action")
+PRECISIONS = ("float32", "bfloat16")
 TARGET_STATS = ("copy", "polyak", "stale")
 ENDINGS = ("terminated", "truncated", "both")
 LETTERS = "TESJMB"

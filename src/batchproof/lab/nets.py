@@ -22,6 +22,7 @@ Tree = Any
 
 
 PROJECTIONS = ("none", "hidden", "all")
+PRECISIONS = ("float32", "bfloat16")
 WATCHERS: list[Callable[[str, Norm, Array, Mode, Tree], None]] = []
 """Called as each pass is traced and before each of its norms: the layer's name ('' for the pass),
 the norm, what goes in, the mode and the network's statistics. See `batchproof.lab.trace`."""
@@ -45,12 +46,16 @@ class MLP:
             layer would subtract them. The output layer always has one.
         project: which layers' weights are scaled to length 1 after each optimizer step, see
             `project`: ``none``, ``hidden`` or ``all``, the output layer too.
+        precision: what the factors of the hidden layers' products are rounded to, forward and
+            backward: ``bfloat16`` is faster where the CPU has instructions for it. Sums,
+            parameters, norms and the output layer stay as they are.
     """
 
     hidden: tuple[int, ...] = (256, 256)
     norm: Norm = field(default_factory=Norm)
     bias: bool = True
     project: str = "none"
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if any(width < 1 for width in self.hidden):
@@ -58,6 +63,10 @@ class MLP:
         if self.project not in PROJECTIONS:
             raise BatchproofError(
                 f"unknown projection {self.project!r}: use one of {', '.join(PROJECTIONS)}"
+            )
+        if self.precision not in PRECISIONS:
+            raise BatchproofError(
+                f"unknown precision {self.precision!r}: use one of {', '.join(PRECISIONS)}"
             )
         if "before-action" in self.norm.placement.split("+") and len(self.hidden) < 2:
             raise BatchproofError(
@@ -167,7 +176,10 @@ def apply(
             watch(layer, mlp.norm, x, mode, stats)
 
     def linear(name: str, x: Array) -> Array:
-        y = _product(x, params[name]["weight"])
+        # Q is a sum of many terms, and cheap: its last layer is not rounded.
+        rounded = mlp.precision != "float32" and name != "linear_out"
+        product = _product_of_bfloat16 if rounded else _product
+        y = product(x, params[name]["weight"])
         return y + params[name]["bias"] if "bias" in params[name] else y
 
     def norm(name: str, x: Array) -> Array:
@@ -192,6 +204,33 @@ def apply(
     return linear("linear_out", x), new_stats
 
 
+def _forward(x: Array, weight: Array) -> Array:
+    # In float32 and float64 this is ``x @ weight``; products of bfloat16 are summed in float32.
+    sums = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("bi,io->bo", x, weight, preferred_element_type=sums)
+
+
+def _backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    sums, rounded = jnp.promote_types(x.dtype, jnp.float32), grad.astype(x.dtype)
+    grad_x = jnp.einsum("bo,io->bi", rounded, weight, preferred_element_type=sums)
+    if x.dtype == jnp.bfloat16 and len(x) % 2 == 0:
+        grad_weight = jnp.einsum("ib,bo->io", _turned(x), rounded, preferred_element_type=sums)
+    else:
+        grad_weight = jnp.einsum("bi,bo->io", x, rounded, preferred_element_type=sums)
+    return grad_x.astype(grad.dtype), grad_weight.astype(grad.dtype)
+
+
+def _turned(x: Array) -> Array:
+    """``x`` (B, in), B even, as (in, B), in memory too.
+
+    XLA puts a plain transposition into the product that follows, and on a CPU computes such a
+    product of bfloat16 in float32. What is reshaped on the way stays apart.
+    """
+    rows, features = x.shape
+    return jnp.moveaxis(x.reshape(rows // 2, 2, features), -1, 0).reshape(features, rows)
+
+
 @jax.custom_vjp
 def _product(x: Array, weight: Array) -> Array:
     """``x`` (B, in) times ``weight`` (in, out), whose gradient is not a transposed product.
@@ -200,19 +239,28 @@ def _product(x: Array, weight: Array) -> Array:
     undo that on a CPU: every pass of Adam then reads its gradient column by column, which made an
     update of critics 1024 wide a quarter slower (docs/crossq.md).
     """
-    return x @ weight
+    return _forward(x, weight)
 
 
-def _product_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ weight, (x, weight)
+_product.defvjp(lambda x, weight: (_forward(x, weight), (x, weight)), _backward)
 
 
-def _product_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, weight = saved
-    return jnp.einsum("bo,io->bi", grad, weight), jnp.einsum("bi,bo->io", x, grad)
+def _round(x: Array, weight: Array) -> tuple[Array, Array]:
+    return x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
 
 
-_product.defvjp(_product_forward, _product_backward)
+@jax.custom_vjp
+def _product_of_bfloat16(x: Array, weight: Array) -> Array:
+    """The same with both factors rounded to bfloat16, in the backward pass too; sums in float32."""
+    return _forward(*_round(x, weight)).astype(x.dtype)
+
+
+def _product_of_bfloat16_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    rounded = _round(x, weight)
+    return _forward(*rounded).astype(x.dtype), rounded
+
+
+_product_of_bfloat16.defvjp(_product_of_bfloat16_forward, _backward)
 
 
 def init_critics(

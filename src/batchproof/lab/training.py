@@ -79,6 +79,11 @@ class Training:
                 f"update_every {self.update_every} leaves no update between learning_starts "
                 f"({self.learning_starts}) and steps ({self.steps}): choose a smaller one"
             )
+        if self.config.actor.precision != "float32":
+            raise BatchproofError(
+                "precision is for the critics: an actor's rounding would be in every action, and "
+                "an exported one would act differently"
+            )
         if self.normalize_obs and self.agent.STEPPER != "off_policy":
             raise BatchproofError(
                 f"normalize_obs is for agents that replay: give {self.algo} a norm on its input "

@@ -589,7 +589,7 @@ def _conditions_html(tasks: Sequence[_Task]) -> str:
             if wall and pace is None:
                 pace = wall / s.cell.steps[-1]  # a run under way, or stopped, ends here
             median = s.crossing.median
-            seconds = median * pace if wall and math.isfinite(median) else None
+            seconds = median * pace if pace and math.isfinite(median) else None
             rows.append(
                 [
                     _head(s),

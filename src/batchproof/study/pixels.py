@@ -18,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ class Cell:
         n_epochs: of each update.
         games: whole games that the final policy plays, actions drawn from it.
         audit: whether the clinic looks at the final policy.
+        autocast: what the network computes in, of `batchproof.sb3.NatureCNN`.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Cell:
     n_epochs: int = 4
     games: int = 30
     audit: bool = False
+    autocast: str | None = None
 
 
 class Result(NamedTuple):
@@ -162,8 +164,10 @@ def _is_finished(cell: Cell, folder: Path) -> bool:
     run = records.read_json(path)
     if not isinstance(run, dict) or "cell" not in run:
         raise BatchproofError(f"{path}: not a run record; delete it or choose another --out")
-    # Numbers as JSON has them, so that equal settings are equal.
-    if run["cell"] != records.to_json(asdict(cell)):
+    # A setting that is not in the record is newer than it and has its default; numbers as JSON has
+    # them, so that equal settings are equal.
+    defaults = {f.name: f.default for f in fields(Cell) if f.default is not MISSING}
+    if defaults | run["cell"] != records.to_json(asdict(cell)):
         raise BatchproofError(
             f"{folder} holds a run with other settings: choose another --out, or delete that folder"
         )
@@ -276,7 +280,7 @@ def make_model(cell: Cell) -> Any:
         vf_coef=0.5,
         policy_kwargs={
             "features_extractor_class": NatureCNN,
-            "features_extractor_kwargs": {"norm": cell.norm},
+            "features_extractor_kwargs": {"norm": cell.norm, "autocast": cell.autocast},
         },
         seed=cell.seed,
         device="cpu",

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from batchproof import records
+from batchproof import cpu, records
 from batchproof.errors import BatchproofError
 from batchproof.study import plots, report
 from batchproof.study.conditions import choose
@@ -75,6 +75,7 @@ class Condition:
         seeds: in a full run.
         short: whether the schedules fall over the run instead of over 10M agent steps.
         factor: of the learning rate.
+        autocast: what the network computes in, of `batchproof.sb3.NatureCNN`.
     """
 
     key: str
@@ -84,6 +85,7 @@ class Condition:
     seeds: int = 3
     short: bool = False
     factor: float = 1.0
+    autocast: str | None = None
 
 
 CONDITIONS = (
@@ -102,6 +104,8 @@ CONDITIONS = (
     Condition("bn-short", "BN as the library, schedule over the run", "batch", seeds=5, short=True),
     Condition("none-lr4", "no norm, 4 x learning rate", "none", factor=4.0),
     Condition("bn-lr4", "BN as the library, 4 x learning rate", "batch", factor=4.0),
+    # No claim: whether what is faster still learns the same.
+    Condition("none-bf16", "no norm, computed in bfloat16", "none", seeds=5, autocast="bfloat16"),
 )
 DEFAULT = ("none", "bn", "bn-frozen")
 CURES = ("bn-train", "bn-eval-after", "bn-frozen", "bn-preserved", "renorm", "bn-mdr")
@@ -125,7 +129,8 @@ def run(
         seeds: for each condition; default as many as the condition says, 3 or 5.
         steps: agent steps of each seed, default 200,000.
         quick: 1 seed of 24,576 steps.
-        conditions: names from `CONDITIONS` with commas between, or ``all``; default `DEFAULT`.
+        conditions: names from `CONDITIONS` with commas between, or ``all`` (without bfloat16 on a
+            CPU that would emulate it); default `DEFAULT`.
         budget: seconds after which no training begins; what is finished is judged.
         progress: show a bar.
         command: what a user typed, for the record.
@@ -138,6 +143,8 @@ def run(
             that finished.
     """
     chosen = choose(CONDITIONS, DEFAULT, conditions)
+    if conditions == "all" and cpu.has_bfloat16() is False:
+        chosen = tuple(c for c in chosen if c.autocast is None)
     if seeds is None and quick:
         seeds = 1
     steps = steps if steps is not None else (QUICK_STEPS if quick else STEPS)
@@ -169,6 +176,7 @@ def run(
             more={
                 "frames": steps * FRAMES,
                 "cures": cures(outcome),
+                "bfloat16": bfloat16(outcome),
                 "returns_are": "Final raw game score, actions drawn",
                 "trainings": {"asked": len(cells), "finished": sum(outcome.seeds.values())},
             },
@@ -188,6 +196,7 @@ def cell_of(condition: Condition, seed: int, steps: int) -> Cell:
         horizon=steps if condition.short else ZOO_HORIZON,
         learning_rate=2.5e-4 * condition.factor,
         audit=seed == 0,
+        autocast=condition.autocast,
     )
 
 
@@ -501,6 +510,21 @@ def cures(outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
+def bfloat16(outcome: Outcome) -> dict[str, list[float]] | None:
+    """Computed in bfloat16 minus in float32, no norm: scores, and an update's processor time as
+    a factor, each with its interval; None where one of them did not run.
+    """
+    if not outcome.has("none", "none-bf16"):
+        return None
+    found = {
+        name: difference_interval(of("none-bf16"), of("none"))
+        for name, of in (("final", outcome.final), ("early", outcome.early))
+    }
+    logs = (np.log(outcome.seconds(key)) for key in ("none-bf16", "none"))
+    found["update_cpu_factor"] = Interval(*np.exp(difference_interval(*logs)))
+    return {name: [i.mean, i.lo, i.hi] for name, i in found.items()}
+
+
 # --- report ----------------------------------------------------------------------------------
 
 _DRAWN = {
@@ -518,6 +542,7 @@ _DRAWN = {
     "bn-short": ("BN, library", plots.VERMILLION),
     "none-lr4": ("no norm", plots.BLACK),
     "bn-lr4": ("BN, library", plots.VERMILLION),
+    "none-bf16": ("bfloat16", plots.BLUE),
 }
 """The name beside a curve and its colour."""
 _PANELS = (
@@ -525,6 +550,7 @@ _PANELS = (
     ("Cures of the rollout/update mismatch", ("none", "bn", *CURES)),
     ("Schedule over the run", ("none-short", "bn-short")),
     ("4 x the learning rate", ("none-lr4", "bn-lr4")),
+    ("Reduced precision", ("none", "none-bf16")),
 )
 
 
@@ -636,6 +662,10 @@ def explanation(outcome: Outcome, study: dict[str, Any]) -> str:
         if against:
             best += f"; minus BN as the library runs it: {_words(Interval(*against))}"
         best += ".</p>"
+    rounded = ""
+    if study["bfloat16"]:
+        final = Interval(*study["bfloat16"]["final"])
+        rounded = f"<p>In bfloat16 instead of float32, without a norm: {_words(final)} more.</p>"
     looked = "".join(
         f"<li>{c.label}: {_findings(outcome.of(c.key)[0].record['clinic'])}</li>"
         for c in outcome.conditions
@@ -647,7 +677,7 @@ def explanation(outcome: Outcome, study: dict[str, Any]) -> str:
         "the minibatch's. So the first minibatch of every update is already another policy than "
         "the one that acted: its ratio is not 1 and rows may be clipped before anything was "
         "learned.</p>"
-        f"<p>Scores are raw scores of whole games.</p><ul>{rows}</ul>{best}"
+        f"<p>Scores are raw scores of whole games.</p><ul>{rows}</ul>{best}{rounded}"
         "<p>The clinic on the final policy of the first seed, as the library deploys it:</p>"
         f"<ul>{looked}</ul>"
     )
