@@ -23,8 +23,8 @@ OLD = "vendor_id\t: AuthenticAMD\nmodel name\t: Opteron\nflags\t\t: sse2\n"
 @pytest.mark.parametrize(
     ("info", "name", "bfloat16", "amd"),
     [
-        (ZEN5, "AMD EPYC (AVX-512, bfloat16)", True, True),
-        (XEON, "Intel Xeon (AVX2, bfloat16)", True, False),
+        (ZEN5, "AMD EPYC with AVX-512 and bfloat16", True, True),
+        (XEON, "Intel Xeon with AVX2 and bfloat16", True, False),
         (OLD, "Opteron", False, True),
         ("Hardware\t: BCM2835\n", platform.processor() or platform.machine(), None, False),
         (None, platform.processor() or platform.machine(), None, False),

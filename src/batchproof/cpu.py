@@ -44,4 +44,4 @@ def name() -> str:
     has = [words for flag, words in _WIDTHS.items() if flag in flags()][:1]
     if has_bfloat16():
         has.append("bfloat16")
-    return f"{found} ({', '.join(has)})" if has else found
+    return f"{found} with {' and '.join(has)}" if has else found

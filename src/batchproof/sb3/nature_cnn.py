@@ -131,7 +131,7 @@ class _LinearLikeConvolution(nn.Linear):
         ):
             return super().forward(x)
         rows, features = x.shape
-        image = x.view(1, rows, 1, features).permute(0, 3, 1, 2)
+        image = x.reshape(1, rows, 1, features).permute(0, 3, 1, 2)
         out = functional.conv2d(image, self.weight[:, :, None, None], self.bias)
         return out.permute(0, 2, 3, 1).reshape(rows, -1)
 
