@@ -359,8 +359,10 @@ def column_sum(x: Array) -> Array:
     On a CPU a compiled sum over the first axis is several times slower than the product. Full
     precision is asked for because accelerators would round the factors.
     """
-    ones = jnp.ones((1, len(x)), x.dtype)
-    return jnp.matmul(ones, x, precision=jax.lax.Precision.HIGHEST)[0]
+    # They hang on x to be mapped with it: ones that all critics share would make `jax.vmap` copy
+    # x, feature by feature, to one wide product.
+    ones = jnp.where(x[:, 0] == 0, 1, jnp.ones((), x.dtype))
+    return jnp.matmul(ones[None], x, precision=jax.lax.Precision.HIGHEST)[0]
 
 
 def _renorm_bounds(norm: Norm, count: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
