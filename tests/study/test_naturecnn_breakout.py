@@ -184,6 +184,15 @@ def test_conditions_differ_and_cover_every_cure():
     assert min(seeds.values()) == 3
 
 
+def test_a_panel_that_shows_nothing_new_is_left_out():
+    made = outcome({"none": 9.0, "bn": 6.0, "bn-mdr": 7.0})
+    titles = [panel.title for panel in study._panels(made, "score")]
+    assert titles == [study._PANELS[0][0], study._PANELS[1][0]]
+    made = outcome({"none": 9.0, "bn": 6.0, "none-bf16": 9.0})
+    titles = [panel.title for panel in study._panels(made, "score")]
+    assert titles == [study._PANELS[0][0], "Reduced precision"]
+
+
 def test_findings_in_a_line():
     clinic = {
         "outcomes": {"BP205": "fail", "BP101": "pass", "BP201": "review", "BP403": "review"},

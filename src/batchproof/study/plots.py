@@ -639,7 +639,8 @@ def _labels(axes: Axes, curves: Sequence[Curve], ends: NDArray[np.float64], gutt
     heights = np.where(np.isfinite(ends), ends, middle)
     points = axes.transData.transform(np.column_stack([np.ones_like(heights), heights]))
     wanted = axes.transAxes.inverted().transform(points)[:, 1] * height
-    placed = _spread(wanted, tall, -0.35, height + 0.2)
+    # Below the axis stands the last tick.
+    placed = _spread(wanted, tall, -0.05, height + 0.2)
     for curve, text, end, want, y in zip(curves, texts, ends, wanted, placed, strict=True):
         if np.isfinite(end):
             axes.plot(

@@ -611,10 +611,14 @@ def _render(outcome: Outcome, study: dict[str, Any], out: Path) -> None:
 
 def _panels(outcome: Outcome, name: str) -> list[plots.Panel]:
     panels = []
+    drawn: set[str] = set()
     for title, keys in _PANELS:
-        curves = [_curve(outcome, key, name) for key in keys if outcome.has(key)]
-        if curves and any(np.isfinite(curve.values).any() for curve in curves):
-            panels.append(plots.Panel(title, curves))
+        ran = [key for key in keys if outcome.has(key)]
+        curves = [_curve(outcome, key, name) for key in ran]
+        if drawn.issuperset(ran) or not any(np.isfinite(c.values).any() for c in curves):
+            continue
+        panels.append(plots.Panel(title, curves))
+        drawn.update(ran)
     return panels
 
 
