@@ -584,3 +584,18 @@ def test_groups_must_divide_the_features():
 def test_every_kind_is_tested_here():
     tested = {norm.kind for norm in (*BATCH_LAYERS.values(), *ROW_LAYERS.values())}
     assert tested | {"none"} == set(KINDS)
+
+
+def test_column_sums_of_mapped_batches_are_one_product_for_each():
+    # Ones that all of them share would make `jax.vmap` copy the batches into one wide product.
+    x = np.random.default_rng(0).normal(size=(2, 3, ROWS, FEATURES))
+    x[0, 0, 0] = 0
+    x[1, 2, 3, 4] = np.nan
+    mapped = jax.vmap(jax.vmap(norms.column_sum))
+    np.testing.assert_allclose(mapped(jnp.asarray(x)), x.sum(2), rtol=1e-12, atol=1e-12)
+    products = [
+        equation.params["dimension_numbers"]
+        for equation in jax.make_jaxpr(mapped)(x).eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert [batch for _, batch in products] == [((0, 1), (0, 1))]
