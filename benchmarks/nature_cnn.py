@@ -5,8 +5,9 @@
 Each side runs in a fresh process, in turn: one rollout of 8 games x 128 steps is collected, then
 the update on it (4 epochs, minibatches of 256: 16 gradient steps) is timed. `floor` is the time
 that the products of the network alone would take at the best rate of a product in torch here.
-"memory kept" calls `batchproof.sb3.keep_freed_memory` first. bfloat16 is left out on a CPU without
-instructions for it. `--quick` prints a rough table and writes nothing.
+"memory kept" calls `batchproof.sb3.keep_freed_memory` first; "policy" is our `CnnPolicy`, elsewhere
+it is the library's. bfloat16 is left out on a CPU without instructions for it. `--quick` prints a
+rough table and writes nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "library": None,
     "off": {},
     "off, memory kept": {},
+    "off, memory kept, policy": {},
     "off, bfloat16": {"autocast": "bfloat16"},
     "off, bfloat16, memory kept": {"autocast": "bfloat16"},
+    "off, bfloat16, memory kept, policy": {"autocast": "bfloat16"},
     "batch": {"norm": "batch"},
     "renorm": {"norm": "renorm"},
     "layer": {"norm": "layer"},
@@ -73,7 +76,7 @@ def worker(side: str, threads: int, updates: int) -> dict[str, float]:
     import torch
     from stable_baselines3 import PPO
 
-    from batchproof.sb3 import NatureCNN, keep_freed_memory, make_atari
+    from batchproof.sb3 import CnnPolicy, NatureCNN, keep_freed_memory, make_atari
 
     if "memory kept" in side:
         keep_freed_memory()
@@ -84,7 +87,7 @@ def worker(side: str, threads: int, updates: int) -> dict[str, float]:
     if options is not None:
         kwargs = {"features_extractor_class": NatureCNN, "features_extractor_kwargs": options}
     model = PPO(
-        "CnnPolicy",
+        CnnPolicy if "policy" in side else "CnnPolicy",
         make_atari("breakout", ENVS),
         n_steps=STEPS,
         batch_size=BATCH,
@@ -120,7 +123,7 @@ def main() -> None:
     fast = has_bfloat16()
     names = [name for name in SIDES if fast or "bfloat16" not in name]
     if args.quick:
-        names = ["library", "off", "off, memory kept", "batch"]
+        names = ["library", "off", "off, memory kept, policy", "batch"]
     updates = "1" if args.quick else "3"
     samples = bench.alternate(
         __file__, {name: [name, str(args.threads), updates] for name in names}, rounds

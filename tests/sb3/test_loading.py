@@ -21,7 +21,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from batchproof.clinic.subject import Subject, fingerprint
 from batchproof.errors import BatchproofError
-from batchproof.sb3 import NatureCNN
+from batchproof.sb3 import CnnPolicy, NatureCNN
 from batchproof.sb3.adapter import subject_from_model
 from batchproof.sb3.loading import _bounds, _dict, load_subject
 from batchproof.sb3.modes import get_modes, set_modes
@@ -247,10 +247,11 @@ def test_custom_parts_need_trust(tmp_path, monkeypatch):
     assert isinstance(load_subject(tmp_path / "m.zip", obs=OBS, trust=True), Subject)
 
 
-def test_our_own_extractor_needs_none(tmp_path):
+@pytest.mark.parametrize("policy", ["CnnPolicy", CnnPolicy])
+def test_our_own_extractor_and_policy_need_none(tmp_path, policy):
     env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1)
     kwargs = {"features_extractor_class": NatureCNN, "features_extractor_kwargs": {"norm": "batch"}}
-    model = make(PPO, env, "CnnPolicy", policy_kwargs=kwargs)
+    model = make(PPO, env, policy, policy_kwargs=kwargs)
     model.save(tmp_path / "m.zip")
     obs = np.random.default_rng(0).integers(256, size=(4, 1, 40, 40), dtype=np.uint8)
     before = subject_from_model(model, obs=obs)

@@ -16,7 +16,7 @@ from torch import nn
 from batchproof.clinic import audit
 from batchproof.errors import BatchproofError
 from batchproof.layers import LAYERS, BatchNorm2d, mode_layers
-from batchproof.sb3 import CombinedExtractor, NatureCNN, subject_from_model
+from batchproof.sb3 import CnnPolicy, CombinedExtractor, NatureCNN, subject_from_model
 from batchproof.sb3 import nature_cnn as module
 
 FRAMES = spaces.Box(0, 255, (4, 36, 36), np.uint8)
@@ -195,19 +195,80 @@ class Losses(Logger):
 
 
 def test_twenty_updates_follow_the_librarys_losses():
+    sides = {
+        "library": {},
+        "extractor": {"extractor": NatureCNN},
+        "policy": {"policy": CnnPolicy},
+    }
     rows = {}
-    for extractor in (None, NatureCNN):
-        agent = model(PPO, extractor=extractor)
+    for name, side in sides.items():
+        agent = model(PPO, **side)
         losses = Losses()
         agent.set_logger(losses)
         agent.learn(20 * 16)
-        rows[extractor] = losses.rows
-    assert len(rows[None]) == 20
-    for step, (theirs, ours) in enumerate(zip(rows[None], rows[NatureCNN], strict=True)):
-        for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (step, name)
-    changed = abs(rows[None][-1]["train/value_loss"] - rows[None][0]["train/value_loss"])
-    assert changed > 1e-2
+        rows[name] = losses.rows
+    assert len(rows["library"]) == 20
+    for side in ("extractor", "policy"):
+        for step, (theirs, ours) in enumerate(zip(rows["library"], rows[side], strict=True)):
+            for name, value in theirs.items():
+                assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (side, step, name)
+    values = [row["train/value_loss"] for row in rows["library"]]
+    assert abs(values[-1] - values[0]) > 1e-2
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_policy_gives_its_network_the_librarys_numbers(shared):
+    settings = {"share_features_extractor": shared}
+    theirs = PPO(
+        "CnnPolicy",
+        Square(),
+        policy_kwargs=settings | {"features_extractor_class": NatureCNN},
+        seed=0,
+        device="cpu",
+    ).policy
+    ours = PPO(CnnPolicy, Square(), policy_kwargs=settings, seed=0, device="cpu").policy
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.arange(256, dtype=torch.uint8).repeat(4 * 3 * 36 * 36 // 256 + 1)
+    x = x[: 4 * 3 * 36 * 36].reshape(4, 3, 36, 36)
+    taken = {}
+    for name, policy in (("ours", ours), ("theirs", theirs)):
+        policy.vf_features_extractor.register_forward_pre_hook(
+            lambda layer, inputs, name=name: taken.update({name: inputs[0]})
+        )
+    for given in (x, x.float()):
+        found = ours.evaluate_actions(given, torch.zeros(4))
+        expected = theirs.evaluate_actions(given, torch.zeros(4))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(taken["ours"], taken["theirs"])
+        turned = taken["ours"].is_contiguous(memory_format=torch.channels_last)
+        assert turned == (given.dtype == torch.uint8)
+    assert torch.equal(ours.predict_values(x), theirs.predict_values(x))
+
+
+def test_the_policys_optimizer(tmp_path):
+    agent = model(PPO, CnnPolicy)
+    theirs = model(PPO)
+    assert agent.policy.optimizer.defaults["fused"]
+    assert agent.policy.optimizer.defaults["eps"] == theirs.policy.optimizer.defaults["eps"]
+    assert type(model(A2C, CnnPolicy).policy.optimizer) is type(model(A2C).policy.optimizer)
+    agent.learn(16).save(tmp_path / "agent.zip")
+    again = PPO.load(tmp_path / "agent.zip", env=Square(), device="cpu")
+    assert isinstance(again.policy, CnnPolicy)
+    assert again.policy.optimizer.defaults["fused"]
+    again.learn(16)
+    theirs.set_parameters(str(tmp_path / "agent.zip"), exact_match=True)
+    theirs.learn(16)
+    chosen = PPO(
+        CnnPolicy, Square(), policy_kwargs={"optimizer_kwargs": {"eps": 1e-8}}, device="cpu"
+    )
+    assert not chosen.policy.optimizer.defaults["fused"]
+    assert chosen.policy.optimizer.defaults["eps"] == 1e-8
+
+
+def test_the_policy_takes_the_networks_keywords():
+    agent = model(PPO, CnnPolicy, use_batch_norm=True)
+    assert len(mode_layers(agent.policy)) == 3
+    agent.learn(16)
 
 
 def test_batch_norm_sits_between_each_convolution_and_its_relu():

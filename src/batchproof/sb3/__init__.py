@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from batchproof.sb3.callback import MonitorCallback
     from batchproof.sb3.loading import load_subject
     from batchproof.sb3.modes import set_modes
-    from batchproof.sb3.nature_cnn import CombinedExtractor, NatureCNN
+    from batchproof.sb3.nature_cnn import CnnPolicy, CombinedExtractor, NatureCNN
     from batchproof.sb3.on_policy import OnPolicyModes
 
 _HOMES = {
     "AtariVecEnv": "atari",
+    "CnnPolicy": "nature_cnn",
     "CombinedExtractor": "nature_cnn",
     "MonitorCallback": "callback",
     "NatureCNN": "nature_cnn",
@@ -34,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "AtariVecEnv",
+    "CnnPolicy",
     "CombinedExtractor",
     "MonitorCallback",
     "NatureCNN",

@@ -82,6 +82,7 @@ _POLICIES = {
     f"{_CONTRIB}.crossq.policies": ("CrossQPolicy",),
     f"{_CONTRIB}.qrdqn.policies": ("QRDQNPolicy", "CnnPolicy", "MultiInputPolicy"),
     f"{_CONTRIB}.tqc.policies": ("TQCPolicy", "CnnPolicy", "MultiInputPolicy"),
+    "batchproof.sb3.nature_cnn": ("CnnPolicy",),
     "batchproof.sb3.policies": (
         "NormActorCriticPolicy",
         "NormDQNPolicy",

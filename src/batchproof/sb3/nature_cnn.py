@@ -4,6 +4,7 @@
         "features_extractor_class": NatureCNN,
         "features_extractor_kwargs": {"use_batch_norm": True},
     })
+    PPO(CnnPolicy, env)  # the library's CnnPolicy with this network, faster still
 
 Off, which is the default, it is Stable-Baselines3's own: the same parameters, names, initial
 values, random draws and outputs (to rounding), so that models load both ways; it only computes
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from gymnasium import spaces
 from stable_baselines3.common import torch_layers as library
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
 from torch import Tensor, nn
 from torch.nn import functional
@@ -191,6 +193,50 @@ class CombinedExtractor(library.CombinedExtractor):
                 total += get_flattened_obs_dim(space)
         self.extractors = nn.ModuleDict(extractors)
         self._features_dim = total
+
+
+class CnnPolicy(ActorCriticCnnPolicy):
+    """The library's ``CnnPolicy`` of PPO and A2C, with `NatureCNN` and fewer passes over memory.
+
+    In rollouts and updates, images are turned channels last while they are bytes and divided
+    straight from bytes; the library converts them first, a pass more, and then `NatureCNN` turns
+    four times as many. Adam moves each parameter in one pass (torch's ``fused``). The numbers are
+    the same, Adam's to rounding, and models load both ways.
+
+    Args:
+        args: the library's.
+        kwargs: the library's. Without ``features_extractor_class`` it is `NatureCNN`; without
+            ``optimizer_kwargs`` Adam has the library's ``eps`` and is fused.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", NatureCNN)
+        if kwargs.get("optimizer_class", torch.optim.Adam) is torch.optim.Adam:
+            kwargs.setdefault("optimizer_kwargs", {"eps": 1e-5, "fused": True})
+        super().__init__(*args, **kwargs)
+
+    def extract_features(
+        self, obs: Any, features_extractor: library.BaseFeaturesExtractor | None = None
+    ) -> Any:
+        """Features (B, features_dim) of images (B, C, H, W); without sharing, actor's and critic's.
+
+        Args:
+            obs: uint8 images, or anything else, which the library treats as ever.
+            features_extractor: another than the policy's own.
+        """
+        space = self.observation_space
+        if (
+            features_extractor is not None
+            or not self.normalize_images
+            or not is_image_space(space)
+            or obs.dtype != torch.uint8
+        ):
+            return super().extract_features(obs, features_extractor)
+        # Turned while they are bytes; the quotient is the library's, obs.float() / 255, exactly.
+        images = torch.div(obs.contiguous(memory_format=torch.channels_last), 255.0)
+        if self.share_features_extractor:
+            return self.features_extractor(images)
+        return self.pi_features_extractor(images), self.vf_features_extractor(images)
 
 
 def has_bfloat16() -> bool:
