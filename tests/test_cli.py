@@ -513,3 +513,38 @@ def test_a_study_needs_a_known_name_and_a_folder(
 ) -> None:
     assert "use one of fake" in complaint(capsys, "study", "fale", "--out", "never")
     assert "--out" in complaint(capsys, "study", "fake")
+
+
+@pytest.mark.parametrize("has", [True, False, None])
+def test_bfloat16_without_instructions_for_it_is_said_once(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    has: bool | None,
+) -> None:
+    from batchproof import compare, cpu
+    from batchproof.lab import loop
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args: object, **options: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: has)
+    monkeypatch.setattr(loop, "train", stop)
+    monkeypatch.setattr(compare, "run", stop)
+    tasks = ["--env", ENV, "--out", str(tmp_path / "run")]
+    one = f'env = "{ENV}"\n[[condition]]\nname = "rounded"\nalgo = "td3"\n'
+    (tmp_path / "one.toml").write_text(f'{one}critic-precision = "bfloat16"\n')
+    for words, rounded in [
+        (["train", "td3", *tasks, "--critic-precision", "bfloat16"], True),
+        (["train", "td3", *tasks], False),
+        (["compare", "--algo", "td3,sac", *tasks, "--critic-precision", "bfloat16"], True),
+        (["compare", str(tmp_path / "one.toml"), "--out", str(tmp_path / "run")], True),
+        (["compare", "--algo", "td3,sac", *tasks], False),
+    ]:
+        with pytest.raises(Stopped):
+            main(words)
+        said = capsys.readouterr().err.count("no instructions for bfloat16")
+        assert said == (rounded and has is False), words

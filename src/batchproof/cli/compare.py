@@ -133,6 +133,9 @@ def run(args: argparse.Namespace, command: str) -> int:
     if args.list:
         print(compare.listing(spec, build))
         return 0
+    asked = [*spec.shared, *(option for *_, own in spec.extra for option in own)]
+    if args.on is None and ("--critic-precision", "bfloat16") in asked:
+        train.say_if_bfloat16_is_slow()
     progress = not args.no_progress
     record = compare.run(spec, args.out, build, on=args.on, progress=progress, command=command)
     print(compare.text(record))

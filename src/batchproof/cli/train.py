@@ -139,17 +139,23 @@ def add_to(commands: Any) -> None:
     add("--no-progress", action="store_true", help="no progress bar")
 
 
-def run(args: argparse.Namespace, command: str) -> int:
-    """Run the command; ``command`` is what was typed."""
-    check_effects(args)
-    training = training_of(args, words.pairs("--env-option", args.env_option))
-    finished = _is_finished(args.out)
-    if args.critic_precision == "bfloat16" and cpu.has_bfloat16() is False:
+def say_if_bfloat16_is_slow() -> None:
+    """One line where this CPU has no instructions for it."""
+    if cpu.has_bfloat16() is False:
         print(
             "batchproof: this CPU has no instructions for bfloat16: without a GPU it will not be "
             "faster than float32",
             file=sys.stderr,
         )
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Run the command; ``command`` is what was typed."""
+    check_effects(args)
+    training = training_of(args, words.pairs("--env-option", args.env_option))
+    finished = _is_finished(args.out)
+    if args.critic_precision == "bfloat16":
+        say_if_bfloat16_is_slow()
 
     from batchproof.lab.loop import train
 
