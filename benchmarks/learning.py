@@ -60,7 +60,10 @@ class Learned:
 
     @property
     def critic(self) -> str:
-        return "x".join(map(str, self.training["config"]["critic"]["hidden"]))
+        """Widths, and what its products are computed in where that is not float32."""
+        settings = self.training["config"]["critic"]
+        widths = "x".join(map(str, settings["hidden"]))
+        return widths if settings["precision"] == "float32" else f"{widths} {settings['precision']}"
 
     @property
     def is_for(self) -> tuple[str, str]:
@@ -182,18 +185,25 @@ def time_to_return() -> str:
     return "\n".join(lines)
 
 
-def draw(env: str, sac: Learned, crossq: Learned) -> None:
-    """Both agents' curves on one task."""
-    reached = crossq.reached(statistics.fmean(sac.final))
-    headline = f"CrossQ has not reached SAC's return after {crossq.steps[-1]:,} steps"
+def draw(env: str, sac: Learned, crossq: list[Learned]) -> None:
+    """Both agents' curves on one task, CrossQ's from the narrowest critics to the widest."""
+    crossq = sorted(crossq, key=lambda run: run.training["config"]["critic"]["hidden"])
+    first = crossq[0]
+    reached = first.reached(statistics.fmean(sac.final))
+    headline = f"CrossQ has not reached SAC's return after {first.steps[-1]:,} steps"
     if reached is not None:
-        steps = int(crossq.steps[reached])
+        steps = int(first.steps[reached])
         headline = f"CrossQ has after {steps:,} steps what SAC has after {sac.steps[-1]:,}"
+    colours = (plots.BLUE, plots.ORANGE, plots.GREEN)
     curves = [
         plots.Curve("SAC, no norm", sac.steps, sac.returns, plots.GREY),
-        plots.Curve(f"CrossQ {crossq.critic}", crossq.steps, crossq.returns, plots.BLUE),
+        *(
+            plots.Curve(f"CrossQ {run.critic}", run.steps, run.returns, colour)
+            for run, colour in zip(crossq, colours, strict=False)
+        ),
     ]
-    title = f"{env}, seeds: {len(sac.final)} of SAC and {len(crossq.final)} of CrossQ"
+    counts = " and ".join(f"{len(run.final)} of CrossQ {run.critic}" for run in crossq)
+    title = f"{env}, seeds: {len(sac.final)} of SAC, {counts}"
     plots.learning_curves(
         [plots.Panel(title, curves)],
         ROOT / "docs" / "images" / f"{TASKS[env]}.png",
@@ -206,11 +216,9 @@ def draw(env: str, sac: Learned, crossq: Learned) -> None:
 def main() -> None:
     runs = pooled()
     for env in TASKS:
-        sac, crossq = (
-            next((run for run in runs if run.is_for == (env, algo)), None)
-            for algo in ("sac", "crossq")
-        )
-        if sac is not None and crossq is not None:
+        sac = next((run for run in runs if run.is_for == (env, "sac")), None)
+        crossq = [run for run in runs if run.is_for == (env, "crossq")]
+        if sac is not None and crossq:
             draw(env, sac, crossq)
 
 
