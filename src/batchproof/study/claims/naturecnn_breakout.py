@@ -651,11 +651,20 @@ def _channel_section(outcome: Outcome, key: str, found: Path, out: Path) -> repo
 def explanation(outcome: Outcome, study: dict[str, Any]) -> str:
     """The answer in a minute, as HTML, from what was measured."""
     rows = "".join(
-        f"<li>{c.label}: <strong>{outcome.final(c.key).mean():.1f}</strong> after "
-        f"{outcome.steps:,} agent steps ({outcome.steps * FRAMES:,} frames), "
-        f"{outcome.at_frames(c.key).mean():.1f} in training games after {outcome.steps:,} frames "
-        f"({round(outcome.steps / FRAMES):,} agent steps)</li>"
+        f'<tr><th scope="row">{c.label}</th>'
+        f'<td class="number"><strong>{outcome.final(c.key).mean():.1f}</strong></td>'
+        f'<td class="number">{outcome.at_frames(c.key).mean():.1f}</td>'
+        f'<td class="number">{_findings(outcome.of(c.key)[0].record["clinic"])}</td></tr>'
         for c in outcome.conditions
+    )
+    heads = "".join(
+        f'<th scope="col" data-kind="{kind}">{name}</th>'
+        for name, kind in (
+            ("condition", "text"),
+            (f"score after {outcome.steps:,} steps", "number"),
+            (f"after {outcome.steps:,} frames", "number"),
+            ("the clinic", "text"),
+        )
     )
     best = ""
     if study["cures"]:
@@ -670,10 +679,6 @@ def explanation(outcome: Outcome, study: dict[str, Any]) -> str:
     if study["bfloat16"]:
         final = Interval(*study["bfloat16"]["final"])
         rounded = f"<p>In bfloat16 instead of float32, without a norm: {_words(final)} more.</p>"
-    looked = "".join(
-        f"<li>{c.label}: {_findings(outcome.of(c.key)[0].record['clinic'])}</li>"
-        for c in outcome.conditions
-    )
     return (
         f"{_progress(study['trainings'])}"
         "<p>Batch norm after each convolution of NatureCNN, inside Stable-Baselines3's own PPO. "
@@ -681,9 +686,13 @@ def explanation(outcome: Outcome, study: dict[str, Any]) -> str:
         "the minibatch's. So the first minibatch of every update is already another policy than "
         "the one that acted: its ratio is not 1 and rows may be clipped before anything was "
         "learned.</p>"
-        f"<p>Scores are raw scores of whole games.</p><ul>{rows}</ul>{best}{rounded}"
-        "<p>The clinic on the final policy of the first seed, as the library deploys it:</p>"
-        f"<ul>{looked}</ul>"
+        "<p>Scores are raw scores of whole games, means over seeds: of the final policy after "
+        f"{outcome.steps:,} agent steps ({outcome.steps * FRAMES:,} frames), and in training after "
+        f"{outcome.steps:,} frames ({round(outcome.steps / FRAMES):,} agent steps). The clinic "
+        "looked at the first seed's final policy as the library deploys it.</p>"
+        f"{best}{rounded}"
+        '<div class="scroll" role="region" aria-label="Scores" tabindex="0"><table>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
