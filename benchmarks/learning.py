@@ -194,12 +194,11 @@ def draw(env: str, sac: Learned, crossq: list[Learned]) -> None:
     if reached is not None:
         steps = int(first.steps[reached])
         headline = f"CrossQ has after {steps:,} steps what SAC has after {sac.steps[-1]:,}"
-    colours = (plots.BLUE, plots.ORANGE, plots.GREEN)
     curves = [
         plots.Curve("SAC, no norm", sac.steps, sac.returns, plots.GREY),
         *(
             plots.Curve(f"CrossQ {run.critic}", run.steps, run.returns, colour)
-            for run, colour in zip(crossq, colours, strict=False)
+            for run, colour in zip(crossq, plots.PALETTE, strict=False)
         ),
     ]
     counts = " and ".join(f"{len(run.final)} of CrossQ {run.critic}" for run in crossq)
