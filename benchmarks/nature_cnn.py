@@ -20,8 +20,7 @@ from typing import Any
 
 import bench
 
-from batchproof import records
-from batchproof.sb3.nature_cnn import has_bfloat16
+from batchproof import cpu, records
 
 ENVS, STEPS, EPOCHS, BATCH = 8, 128, 4, 256
 GRADIENT_STEPS = EPOCHS * ENVS * STEPS // BATCH
@@ -120,7 +119,7 @@ def main() -> None:
         return
     began = time.perf_counter()
     rounds = 1 if args.quick else args.rounds
-    fast = has_bfloat16()
+    fast = cpu.has_bfloat16() is not False
     names = [name for name in SIDES if fast or "bfloat16" not in name]
     if args.quick:
         names = ["library", "off", "off, memory kept, policy", "batch"]

@@ -239,17 +239,8 @@ class CnnPolicy(ActorCriticCnnPolicy):
         return self.pi_features_extractor(images), self.vf_features_extractor(images)
 
 
-def has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16; True where PyTorch cannot say."""
-    # PyTorch 2.4 to 2.7 cannot say what a CPU has.
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not has or has["architecture"] != "x86_64":
-        return True
-    return bool(has["avx512_bf16"] or has["amx_bf16"])
-
-
 def _warn_if_slow(autocast: str) -> None:
-    if not (has_bfloat16() or torch.cuda.is_available()):
+    if cpu.has_bfloat16() is False and not torch.cuda.is_available():
         warnings.warn(
             f"autocast={autocast!r} is many times slower than float32 on this CPU, which has no "
             "instructions for it: leave it out here",
