@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from batchproof.lab.agents import sac
 from batchproof.lab.load import training_from_record
 from batchproof.study import plots
 
@@ -64,6 +65,11 @@ class Learned:
         settings = self.training["config"]["critic"]
         widths = "x".join(map(str, settings["hidden"]))
         return widths if settings["precision"] == "float32" else f"{widths} {settings['precision']}"
+
+    @property
+    def learning_rate(self) -> float:
+        """Of Adam, of actor and critics alike."""
+        return float(self.training["config"]["learning_rate"])
 
     @property
     def is_for(self) -> tuple[str, str]:
@@ -132,19 +138,25 @@ def pooled() -> list[Learned]:
     return found
 
 
+def sacs(runs: list[Learned], env: str) -> list[Learned]:
+    """SAC's runs on a task, the one with the library's learning rate first."""
+    found = [run for run in runs if run.is_for == (env, "sac")]
+    return sorted(found, key=lambda run: run.learning_rate != sac.Config().learning_rate)
+
+
 def table() -> str:
     """Each agent and task, with its reference and the commands."""
     lines = [
-        "| task | agent | critic | steps | seeds | mean final return | per seed | last fifth "
-        "| wall time | reference |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| task | agent | critic | learning rate | steps | seeds | mean final return | per seed "
+        "| last fifth | wall time | reference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     runs = pooled()
     for run in runs:
         env, algo = run.is_for
         lines.append(
-            f"| {env} | {algo.upper()} | {run.critic} | {run.training['steps']} "
-            f"| {len(run.final)} | {statistics.fmean(run.final):.0f} "
+            f"| {env} | {algo.upper()} | {run.critic} | {run.learning_rate:g} "
+            f"| {run.training['steps']} | {len(run.final)} | {statistics.fmean(run.final):.0f} "
             f"| {' '.join(f'{value:.0f}' for value in run.final)} | {run.late:.0f} "
             f"| {run.wall_s / MINUTE_S:.0f} min | {REFERENCES.get((env, algo), '-')} |"
         )
@@ -161,13 +173,14 @@ def time_to_return() -> str:
     ]
     runs = pooled()
     for env, name in TASKS.items():
-        sac = next((run for run in runs if run.is_for == (env, "sac")), None)
-        if sac is None or not (SPEED / f"{name}.json").is_file():
+        found = sacs(runs, env)
+        if not found or not (SPEED / f"{name}.json").is_file():
             continue
+        usual = found[0]
         rates = {row["algo"]: row for row in _load(SPEED / f"{name}.json")["rows"]}
-        sb3_minutes = sac.training["steps"] / rates["sac"]["sb3_steps_per_s"] / MINUTE_S
+        sb3_minutes = usual.training["steps"] / rates["sac"]["sb3_steps_per_s"] / MINUTE_S
         goals = {
-            "our SAC's mean": statistics.fmean(sac.final),
+            "our SAC's mean": statistics.fmean(usual.final),
             "the reference's": float(REFERENCES[env, "sac"].split()[0]),
         }
         for run in (run for run in runs if run.is_for == (env, "crossq")):
@@ -185,26 +198,28 @@ def time_to_return() -> str:
     return "\n".join(lines)
 
 
-def draw(env: str, sac: Learned, crossq: list[Learned]) -> None:
+def draw(env: str, sac_runs: list[Learned], crossq: list[Learned]) -> None:
     """Both agents' curves on one task, CrossQ's from the narrowest critics to the widest."""
     crossq = sorted(crossq, key=lambda run: run.training["config"]["critic"]["hidden"])
+    usual, *others = sac_runs
     first = crossq[0]
-    reached = first.reached(statistics.fmean(sac.final))
+    reached = first.reached(statistics.fmean(usual.final))
     headline = f"CrossQ has not reached SAC's return after {first.steps[-1]:,} steps"
     if reached is not None:
         steps = int(first.steps[reached])
-        headline = f"CrossQ has after {steps:,} steps what SAC has after {sac.steps[-1]:,}"
-    curves = [
-        plots.Curve("SAC, no norm", sac.steps, sac.returns, plots.GREY),
-        *(
-            plots.Curve(f"CrossQ {run.critic}", run.steps, run.returns, colour)
-            for run, colour in zip(crossq, plots.PALETTE, strict=False)
-        ),
+        headline = f"CrossQ has after {steps:,} steps what SAC has after {usual.steps[-1]:,}"
+    labelled = [
+        ("SAC", usual),
+        *((f"SAC at {run.learning_rate:g}", run) for run in others),
+        *((f"CrossQ {run.critic}", run) for run in crossq),
     ]
-    counts = " and ".join(f"{len(run.final)} of CrossQ {run.critic}" for run in crossq)
-    title = f"{env}, seeds: {len(sac.final)} of SAC, {counts}"
+    curves = [
+        plots.Curve(label, run.steps, run.returns, colour)
+        for (label, run), colour in zip(labelled, (plots.GREY, *plots.PALETTE), strict=False)
+    ]
+    counts = ", ".join(f"{len(run.final)} of {label}" for label, run in labelled)
     plots.learning_curves(
-        [plots.Panel(title, curves)],
+        [plots.Panel(f"{env}, seeds: {counts}", curves)],
         ROOT / "docs" / "images" / f"{TASKS[env]}.png",
         headline=headline,
         best=None,
@@ -215,10 +230,10 @@ def draw(env: str, sac: Learned, crossq: list[Learned]) -> None:
 def main() -> None:
     runs = pooled()
     for env in TASKS:
-        sac = next((run for run in runs if run.is_for == (env, "sac")), None)
+        found = sacs(runs, env)
         crossq = [run for run in runs if run.is_for == (env, "crossq")]
-        if sac is not None and crossq:
-            draw(env, sac, crossq)
+        if found and crossq:
+            draw(env, found, crossq)
 
 
 if __name__ == "__main__":
