@@ -180,7 +180,7 @@ def test_conditions_differ_and_cover_every_cure():
 
     assert {c.how for c in study.CONDITIONS} == set(HOW)
     seeds = {c.key: c.seeds for c in study.CONDITIONS}
-    assert seeds["none"] == seeds["bn"] == seeds[study.PREDICTED_BEST_CURE] == 5
+    assert seeds["none"] == seeds["bn"] == seeds["bn-preserved"] == 5
     assert min(seeds.values()) == 3
 
 
