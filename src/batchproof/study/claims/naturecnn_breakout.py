@@ -680,7 +680,7 @@ def explanation(outcome: Outcome, study: dict[str, Any]) -> str:
     rounded = ""
     if study["bfloat16"]:
         final = Interval(*study["bfloat16"]["final"])
-        rounded = f"<p>In bfloat16 instead of float32, without a norm: {_words(final)} more.</p>"
+        rounded = f"<p>Final score in bfloat16 minus in float32, no norm: {_words(final)}.</p>"
     return (
         f"{_progress(study['trainings'])}"
         "<p>Batch norm after each convolution of NatureCNN, inside Stable-Baselines3's own PPO. "
