@@ -133,6 +133,15 @@ def test_each_seed_and_no_reference(tmp_path):
     assert len(data_lines(figure.axes[0])) == 3 * (1 + 5)
 
 
+def test_panels_of_other_units_have_limits_of_their_own(tmp_path):
+    small = Panel("values", [Curve("BN", STEPS, rising(1.0))])
+    large = Panel("scale", [Curve("BN", STEPS, 40 * rising(1.0))])
+    alone = learning_curves([small], tmp_path / "c.png", best=None)
+    figure = learning_curves([small, large], tmp_path / "c.png", best=None, same_scale=False)
+    assert figure.axes[0].get_ylim() == alone.axes[0].get_ylim()
+    assert figure.axes[1].get_ylim()[1] > 10 * figure.axes[0].get_ylim()[1]
+
+
 def test_a_diverged_seed_leaves_the_mean_and_is_counted(tmp_path):
     values = rising(10.0)
     values[2, 12:] = np.nan

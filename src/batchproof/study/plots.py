@@ -127,6 +127,7 @@ def learning_curves(
     each_seed: bool = False,
     y_label: str = "Return per episode of the deterministic policy",
     columns: int = 2,
+    same_scale: bool = True,
     dpi: int = _DPI,
 ) -> Figure:
     """Learning curves: each condition's mean over seeds and band from lowest to highest seed.
@@ -134,13 +135,14 @@ def learning_curves(
     Mean and band are over the seeds that are finite at that step; a label says how many diverged.
 
     Args:
-        panels: drawn left to right, top to bottom; all share the limits of y.
+        panels: drawn left to right, top to bottom.
         path: where to write; the suffix (.png, .svg, .pdf) decides the format.
         headline: one sentence on top that says what the picture shows.
         best: the best possible return, a dashed reference line; None for no line.
         each_seed: also draw each seed as a thin line.
         y_label: what y is, with its unit.
         columns: at most this many panels side by side.
+        same_scale: whether all panels share the limits of y.
         dpi: dots per inch of a PNG.
 
     Returns:
@@ -169,7 +171,6 @@ def learning_curves(
     cell = head + 3.42
     top = _header(figure, headline, "") if headline else 0.25
     figure.set_size_inches(_WIDTH, top + rows * cell + 0.45)
-    limits = _limits([c.values for p in panels for c in p.curves], best)
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
         x = left + column * (left + width + gutter)
@@ -177,7 +178,8 @@ def learning_curves(
         _say(figure, x - 0.5, y, titles[index], _TITLE, BLACK, weight="bold")
         _say(figure, x - 0.5, y + title_height, unit, _SMALL, GREY)
         axes = _axes(figure, x, y + head, width, 2.68)
-        axes.set_ylim(*limits)
+        shown = panels if same_scale else [panel]
+        axes.set_ylim(*_limits([c.values for p in shown for c in p.curves], best))
         if best is not None:
             _best_line(axes, best)
         _curves(axes, panel.curves, gutter, each_seed)

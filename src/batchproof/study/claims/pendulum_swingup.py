@@ -361,13 +361,14 @@ def _render(outcome: Outcome[Condition], study: dict[str, Any], out: Path) -> No
         out / "curves.png",
         headline=headline,
         best=None,
+        each_seed=True,  # most seeds either solve the task or get nothing
         y_label="Steps of 1000 upright, deterministic policy",
     )
     sections.append(
         report.FigureSection(
             "Learning curves",
-            f"{outcome.seeds} seeds: mean over seeds with the band from the worst to the best. SAC "
-            "and XQC stand in each panel.",
+            f"{outcome.seeds} seeds: mean over seeds with the band from the worst to the best, and "
+            "each seed. SAC and XQC stand in each panel.",
             out / "curves.png",
             alt="Learning curves of SAC, XQC and XQC with one switch changed",
         )
@@ -417,6 +418,8 @@ def _render(outcome: Outcome[Condition], study: dict[str, Any], out: Path) -> No
             out / "values.png",
             headline="Do the values meet the end of the atoms?",
             best=None,
+            each_seed=True,
+            same_scale=False,
             y_label="Mean over the updates since the last evaluation",
         )
         sections.append(
