@@ -112,6 +112,41 @@ def test_both_versions_are_equal_step_by_step_in_float64() -> None:
         assert {0.0, 1.0} == set(rewards)
 
 
+@pytest.mark.parametrize("repeat", [2, 4])
+def test_a_repeated_action_is_as_many_steps_in_both_versions(repeat: int) -> None:
+    with jax.enable_x64(True):
+        env = gymnasium.make(ID, max_steps=40, repeat=repeat)
+        plain, twin = gymnasium.make(ID, max_steps=40), PendulumSwingup.make(40, repeat)
+        step = jax.jit(twin.step)
+        start = SwingupState(np.float64(0.1), np.float64(0), 0)  # upright at first
+        for one in (env, plain):
+            one.reset(seed=0)
+            one.unwrapped.state = start
+        state = SwingupState(*map(jnp.asarray, start))._replace(steps=jnp.zeros((), jnp.int32))
+        rewards, ends = [], []
+        for i in range(40 // repeat):
+            action = np.array([drive(i)])
+            obs, reward, _, truncated, _ = env.step(action)
+            paid = [plain.step(action) for _ in range(repeat)]
+            result = step(KEY, state, jnp.asarray(action))
+            state = result.state
+            np.testing.assert_array_equal(obs, paid[-1][0])
+            np.testing.assert_allclose(result.obs, obs, atol=1e-6)
+            assert result.reward == reward == sum(one[1] for one in paid)
+            assert result.truncated == truncated == paid[-1][3]
+            rewards.append(reward)
+            ends.append(truncated)
+        assert max(rewards) == repeat
+        assert np.flatnonzero(ends).tolist() == [40 // repeat - 1]
+
+
+@pytest.mark.parametrize("repeat", [0, -1, 3, 1.5, 2000])
+def test_an_action_lasts_for_a_part_of_the_episode(repeat: float) -> None:
+    for made in (PendulumSwingupEnv, PendulumSwingup.make):
+        with pytest.raises(BatchproofError, match="whole number that divides max_steps=1000"):
+            made(repeat=repeat)
+
+
 def test_float32_stays_close_for_a_step_and_types_stay() -> None:
     twin = PendulumSwingup.make()
     state, obs = twin.reset(KEY)

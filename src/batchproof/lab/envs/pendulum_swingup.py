@@ -27,20 +27,22 @@ class PendulumSwingup:
     """
 
     limit: Array  # () int, steps of an episode
+    repeat: Array  # () int, steps that an action lasts
 
     obs_size: ClassVar[int] = 3
     action_size: ClassVar[int] = 1
     max_steps: ClassVar[int] = EPISODE_STEPS
 
     @classmethod
-    def make(cls, max_steps: int = EPISODE_STEPS) -> PendulumSwingup:
-        """Build it with episodes of ``max_steps`` environment steps.
+    def make(cls, max_steps: int = EPISODE_STEPS, repeat: int = 1) -> PendulumSwingup:
+        """Build it with episodes of ``max_steps`` steps, an action for each ``repeat`` of them.
 
         Raises:
-            BatchproofError: episodes of less than 1 or more than 1000 steps.
+            BatchproofError: episodes of less than 1 or more than 1000 steps, or not a multiple of
+                ``repeat``.
         """
-        pendulum_swingup.check_max_steps(max_steps)
-        return cls(jnp.asarray(max_steps, jnp.int32))
+        pendulum_swingup.check_options(max_steps, repeat)
+        return cls(jnp.asarray(max_steps, jnp.int32), jnp.asarray(repeat, jnp.int32))
 
     def reset(self, key: Array) -> tuple[SwingupState, Array]:
         """At rest at an angle within pi, uniform."""
@@ -49,8 +51,13 @@ class PendulumSwingup:
         return state, pendulum_swingup.observe(jnp, state)
 
     def step(self, key: Array, state: SwingupState, action: Array) -> Step:
-        """Turn the motor with ``action`` (1,)."""
-        moved, reward = pendulum_swingup.move(jnp, state, action[0])
+        """Turn the motor with ``action`` (1,); the reward is the sum of the steps it lasts."""
+
+        def once(_: Array, carried: tuple[SwingupState, Array]) -> tuple[SwingupState, Array]:
+            moved, reward = pendulum_swingup.move(jnp, carried[0], action[0])
+            return moved, carried[1] + reward
+
+        moved, reward = jax.lax.fori_loop(0, self.repeat, once, (state, jnp.zeros(())))
         return Step(
             state=moved,
             obs=pendulum_swingup.observe(jnp, moved),
