@@ -11,6 +11,7 @@ rewards were equal (`tests/lab/test_pendulum_swingup.py` holds two of them).
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -74,12 +75,12 @@ def observe(xp: Any, state: SwingupState) -> Any:
 
 def check_options(max_steps: int, repeat: int) -> None:
     """Raise a `BatchproofError` unless episodes have 1 to 1000 steps, a multiple of ``repeat``."""
-    if not 1 <= max_steps <= EPISODE_STEPS:
+    if not isinstance(max_steps, Integral) or not 1 <= max_steps <= EPISODE_STEPS:
         raise BatchproofError(
-            "max_steps of batchproof/PendulumSwingup-v0 must be from 1 to "
+            "max_steps of batchproof/PendulumSwingup-v0 must be a whole number from 1 to "
             f"{EPISODE_STEPS}, got {max_steps}"
         )
-    if repeat not in range(1, max_steps + 1) or max_steps % repeat:
+    if not isinstance(repeat, Integral) or repeat < 1 or max_steps % repeat:
         raise BatchproofError(
             "repeat of batchproof/PendulumSwingup-v0 must be a whole number that divides "
             f"max_steps={max_steps}, got {repeat}"

@@ -171,6 +171,7 @@ def learning_curves(
     cell = head + 3.42
     top = _header(figure, headline, "") if headline else 0.25
     figure.set_size_inches(_WIDTH, top + rows * cell + 0.45)
+    together = _limits([c.values for p in panels for c in p.curves], best)
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
         x = left + column * (left + width + gutter)
@@ -178,8 +179,8 @@ def learning_curves(
         _say(figure, x - 0.5, y, titles[index], _TITLE, BLACK, weight="bold")
         _say(figure, x - 0.5, y + title_height, unit, _SMALL, GREY)
         axes = _axes(figure, x, y + head, width, 2.68)
-        shown = panels if same_scale else [panel]
-        axes.set_ylim(*_limits([c.values for p in shown for c in p.curves], best))
+        alone = _limits([c.values for c in panel.curves], best)
+        axes.set_ylim(*(together if same_scale else alone))
         if best is not None:
             _best_line(axes, best)
         _curves(axes, panel.curves, gutter, each_seed)
