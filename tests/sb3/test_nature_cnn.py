@@ -89,6 +89,12 @@ def model(algorithm, policy="CnnPolicy", seen="image", extractor=None, **kwargs)
     return algorithm(policy, env, policy_kwargs=policy_kwargs, seed=0, device="cpu", **settings)
 
 
+@pytest.mark.parametrize("algorithm", [DQN, QRDQN, SAC])
+def test_policy_for_ppo_says_so_to_other_algorithms(algorithm):
+    with pytest.raises(AttributeError, match="for PPO and A2C"):
+        model(algorithm, CnnPolicy)
+
+
 def test_off_is_the_librarys_own_with_its_gradients():
     ours, after = built(NatureCNN)
     theirs, after_theirs = built(library.NatureCNN)

@@ -217,8 +217,10 @@ def test_small_run_measures_the_bias_and_resumes_its_cells(tmp_path: Path, monke
     monkeypatch.setattr(study, "EVALUATIONS", 4)
     monkeypatch.setattr(study, "ROWS", 256)
     pendulum = study.TASKS["pendulum"]
+    swingup = replace(study.TASKS["swingup"], env_options={"repeat": 4, "max_steps": 40})
     monkeypatch.setitem(study.TASKS, "pendulum", replace(pendulum, eval_episodes=1))
-    options = {"seeds": 2, "steps": 80, "conditions": "tt-online,none-target"}
+    monkeypatch.setitem(study.TASKS, "swingup", replace(swingup, eval_episodes=1))
+    options = {"seeds": 2, "steps": 80, "conditions": "tt-online,none-target,swingup-tt-online"}
     made = study.run(tmp_path, progress=False, command="batchproof study", **options)
     for name in ("study.json", "report.html", "curves.png", "conditions.png", "gap.png",
                  "metrics.parquet"):  # fmt: skip
@@ -227,7 +229,8 @@ def test_small_run_measures_the_bias_and_resumes_its_cells(tmp_path: Path, monke
     assert written["steps"] == 80
     rows = {row["name"]: row for row in written["conditions"]}
     assert rows["tt-online"]["bias"]["step"] == 80
-    assert np.isfinite(rows["tt-online"]["bias"]["target"]).all()
+    for key in ("tt-online", "swingup-tt-online"):
+        assert np.isfinite(rows[key]["bias"]["target"]).all()
     assert rows["none-target"]["bias"] is None
     # Finished cells are read back, and one that was killed while its bias was measured goes on.
     cell = tmp_path / "cells" / "tt-online"

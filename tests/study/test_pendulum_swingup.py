@@ -38,7 +38,7 @@ def verdicts(made):
 
 def test_expected_results_blame_the_atoms_and_nothing_else():
     found = verdicts(outcome(EXPECTED))
-    assert found.pop("S1") == found.pop("S3") == "supported"
+    assert found.pop("S1") == found.pop("S3") == found.pop("S4") == "supported"
     cures = {id_.removeprefix("S2-") for id_, verdict in found.items() if verdict == "supported"}
     assert cures == set(CURES)
     assert {verdict for id_, verdict in found.items() if id_.removeprefix("S2-") not in cures} == {
@@ -57,6 +57,8 @@ def test_expected_results_blame_the_atoms_and_nothing_else():
         ("S3", {"scalar": 100.0}, "refuted"),
         ("S3", {"scalar": 300.0}, "inconclusive"),
         ("S3", {"xqc": 800.0}, "inconclusive"),
+        ("S4", {"sac-raw": 800.0}, "refuted"),
+        ("S4", {"sac-raw": 600.0}, "inconclusive"),
     ],
 )
 def test_each_rule_can_go_the_other_way(claim, returns, verdict):
@@ -99,7 +101,7 @@ def flat(record, prefix=""):
         ("layer-norm", {"actor.norm.kind", "actor.norm.momentum", "actor.norm.eps",
                         "actor.norm.running_variance"}),
         ("no-projection", {"actor.project"}),
-        ("raw-rewards", {"normalize_rewards", "high"}),
+        ("raw-rewards", {"normalize_rewards", "low", "high"}),
         ("wide-atoms", {"low", "high"}),
         ("one-update", set()),
         ("no-delay", {"policy_delay"}),
@@ -115,6 +117,11 @@ def test_each_switch_changes_what_it_says_alone(key, changed):
         return
     both = {name.replace("actor", "critic") for name in changed} | changed
     assert found == {f"config.{name}" for name in both}
+
+
+def test_raw_observations_are_all_that_sac_raw_changes():
+    base, raw = (flat(study.training(BY_KEY[k], 5, 20_000).record()) for k in ("sac", "sac-raw"))
+    assert {name for name in base if base[name] != raw[name]} == {"normalize_obs"}
 
 
 def test_regression_shares_all_that_crossq_s_agent_has_with_xqc_s():

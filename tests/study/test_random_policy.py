@@ -23,3 +23,12 @@ def test_the_host_s_environments_give_the_same_mean(monkeypatch):
         in_jax.mean(), abs=4 * in_jax.std() / np.sqrt(len(on_host))
     )
     np.testing.assert_array_equal(random_returns(name, 3), random_returns(name, 3))
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_options_reach_the_environment(monkeypatch, host):
+    name = "Pendulum-v1"
+    if host:
+        monkeypatch.delitem(JAX_ENVS, name)
+    whole, short = (random_returns(name, 5, options={"max_episode_steps": n}) for n in (200, 20))
+    assert short.mean() > whole.mean() / 5  # costs of a tenth of the steps

@@ -215,6 +215,15 @@ class CnnPolicy(ActorCriticCnnPolicy):
             kwargs.setdefault("optimizer_kwargs", {"eps": 1e-5, "fused": True})
         super().__init__(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # What other algorithms look for first in a policy that was made for them.
+        if name in ("actor", "q_net", "quantile_net"):
+            raise AttributeError(
+                "batchproof.sb3.CnnPolicy is for PPO and A2C: give other algorithms 'CnnPolicy' "
+                "with policy_kwargs={'features_extractor_class': batchproof.sb3.NatureCNN}"
+            )
+        return super().__getattr__(name)
+
     def extract_features(
         self, obs: Any, features_extractor: library.BaseFeaturesExtractor | None = None
     ) -> Any:

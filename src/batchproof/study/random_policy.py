@@ -14,18 +14,21 @@ from batchproof.lab.envs.host import EVALUATE, HostEnvs
 from batchproof.lab.envs.jax_env import make
 
 
-def random_returns(env_id: str, episodes: int, seed: int = 0) -> np.ndarray:
+def random_returns(
+    env_id: str, episodes: int, seed: int = 0, options: dict[str, Any] | None = None
+) -> np.ndarray:
     """Returns (episodes,) of uniformly random actions, the same ones for the same seed.
 
     Args:
         env_id: as `batchproof.lab.training.Training.env_id`, of one agent.
         episodes: how many.
         seed: of episodes and actions.
+        options: as `Training.env_options`, equal for all seeds; default none.
     """
     known = JAX_ENVS.get(env_id)
     if known is None:
-        return _on_host(env_id, episodes, seed)
-    env = make(known, {})
+        return _on_host(env_id, episodes, seed, options or {})
+    env = make(known, options or {})
     keys = jax.random.split(jax.random.key(seed), episodes)
     # Run once: compiling fast matters more than running fast.
     quick = {"xla_backend_optimization_level": 0}
@@ -49,9 +52,9 @@ def _episode(env: Any, key: Array) -> Array:
     return jax.lax.fori_loop(0, env.max_steps, body, first)[-1]
 
 
-def _on_host(env_id: str, episodes: int, seed: int) -> np.ndarray:
+def _on_host(env_id: str, episodes: int, seed: int, options: dict[str, Any]) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    envs = HostEnvs(env_id, [{}], [seed], EVALUATE)
+    envs = HostEnvs(env_id, [options], [seed], EVALUATE)
     returns = np.zeros(episodes)
     for episode in range(episodes):
         envs.reset(episode)

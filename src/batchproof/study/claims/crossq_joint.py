@@ -28,7 +28,7 @@ mix in, and the actor has no norm.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from batchproof.lab.agents import crossq
 from batchproof.lab.loop import Result, read_metrics, train
 from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
-from batchproof.lab.off_policy import Stepper
+from batchproof.lab.off_policy import Seed, Stepper, seen
 from batchproof.lab.passes import Batch, replay_and_target_q
 from batchproof.lab.recalibrate import recalibrate_critics
 from batchproof.lab.squashed_gaussian import draw_noise
@@ -78,7 +78,11 @@ BATCH = Norm("batch", "input+post", momentum=0.01, eps=1e-3)
 
 @dataclass(frozen=True)
 class Task:
-    """A task and how it is trained."""
+    """A task and how it is trained.
+
+    On swing-up an action lasts for four steps and observations are normalized by running
+    statistics, as in `pendulum_swingup`: otherwise SAC fails there.
+    """
 
     env_id: str
     title: str
@@ -86,11 +90,22 @@ class Task:
     learning_starts: int
     eval_episodes: int
     worst: float  # score of a seed that diverged
+    env_options: dict[str, Any] = field(default_factory=dict)
+    normalize_obs: bool = False
 
 
 TASKS = {
     "pendulum": Task("Pendulum-v1", "Pendulum-v1", 6000, 500, 5, -2000.0),
-    "swingup": Task("batchproof/PendulumSwingup-v0", "pendulum-swingup", 24_000, 1000, 3, 0.0),
+    "swingup": Task(
+        "batchproof/PendulumSwingup-v0",
+        "pendulum-swingup",
+        48_000,
+        1000,
+        10,
+        0.0,
+        {"repeat": 4},
+        True,
+    ),
 }
 
 
@@ -223,11 +238,13 @@ def training(condition: Condition, seeds: int, steps: int) -> Training:
         algo="crossq",
         config=config,
         env_id=task.env_id,
+        env_options=task.env_options,
         seeds=tuple(range(seeds)),
         steps=steps + interval,  # it is stopped at ``steps``, see `_train`
         learning_starts=min(task.learning_starts, steps // 4),
         eval_every=interval,
         eval_episodes=task.eval_episodes,
+        normalize_obs=task.normalize_obs,
     )
 
 
@@ -277,10 +294,11 @@ def measure_bias(wanted: Training, folder: Path) -> Bias:
     filled = min(stepper.step, wanted.capacity)
     config, obs_size = wanted.config, stepper.obs_size
 
-    def of_seed(agent: crossq.State, rows: Array, key: Array) -> dict[str, Array]:
+    def of_seed(seed: Seed, key: Array) -> dict[str, Array]:
         sample_key, noise_key = jax.random.split(key)
-        batch = replay.sample(rows, sample_key, jnp.asarray(filled), ROWS, obs_size)
-        return td_bias(config, agent, batch, noise_key)
+        batch = replay.sample(seed.rows, sample_key, jnp.asarray(filled), ROWS, obs_size)
+        batch = batch._replace(obs=seen(seed, batch.obs), next_obs=seen(seed, batch.next_obs))
+        return td_bias(config, seed.agent, batch, noise_key)
 
     count = len(wanted.seeds)
     seed = jax.tree.map(lambda leaf: leaf[:count], stepper.seed)
@@ -288,7 +306,7 @@ def measure_bias(wanted: Training, folder: Path) -> Bias:
     compiled = jax.jit(
         jax.vmap(of_seed), compiler_options={"xla_backend_optimization_level": 0}
     )  # run once: compiled fast, not to be fast
-    measured = compiled(seed.agent, seed.rows, keys)
+    measured = compiled(seed, keys)
     sound = np.asarray(seed.diverged_at) == NOT_DIVERGED
     return {"step": stepper.step} | {
         name: np.where(sound, np.asarray(values), np.nan).tolist()
