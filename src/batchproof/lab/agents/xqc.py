@@ -228,8 +228,21 @@ def projected(config: Config, probabilities: Array, values: Array) -> Array:
     """
     spacing = (config.high - config.low) / (config.atoms - 1)
     place = (jnp.clip(values, config.low, config.high) - config.low) / spacing
-    nearness = jnp.maximum(1 - jnp.abs(place[:, :, None] - jnp.arange(config.atoms)), 0)
-    return (probabilities[:, :, None] * nearness).sum(1)
+    numbers = jnp.arange(config.atoms)
+
+    def at_once(probabilities: Array, place: Array) -> Array:
+        nearness = jnp.maximum(1 - jnp.abs(place[:, :, None] - numbers), 0)
+        return (probabilities[:, :, None] * nearness).sum(1)
+
+    # A CPU takes one value at a time: B N^2 numbers at once were half of an update's time.
+    def in_turn(probabilities: Array, place: Array) -> Array:
+        def add(j: Array, total: Array) -> Array:
+            mass, where = probabilities[:, j, None], place[:, j, None]
+            return total + mass * jnp.maximum(1 - jnp.abs(where - numbers), 0)
+
+        return jax.lax.fori_loop(0, config.atoms, add, jnp.zeros_like(probabilities))
+
+    return jax.lax.platform_dependent(probabilities, place, cpu=in_turn, default=at_once)
 
 
 def td_target(
