@@ -131,6 +131,10 @@ def test_each_seed_and_no_reference(tmp_path):
     panels = [Panel("TD3", three_curves())]
     figure = learning_curves(panels, tmp_path / "c.png", best=None, each_seed=True)
     assert len(data_lines(figure.axes[0])) == 3 * (1 + 5)
+    assert len(figure.axes[0].collections) == 3
+    figure = learning_curves(panels, tmp_path / "c.png", best=None, each_seed=True, band=False)
+    assert not figure.axes[0].collections
+    assert "band" not in " ".join(text.get_text() for text in figure.texts)
 
 
 def test_panels_of_other_units_have_limits_of_their_own(tmp_path):

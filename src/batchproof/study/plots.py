@@ -125,6 +125,7 @@ def learning_curves(
     headline: str = "",
     best: float | None = 30.0,
     each_seed: bool = False,
+    band: bool = True,
     y_label: str = "Return per episode of the deterministic policy",
     columns: int = 2,
     same_scale: bool = True,
@@ -140,6 +141,7 @@ def learning_curves(
         headline: one sentence on top that says what the picture shows.
         best: the best possible return, a dashed reference line; None for no line.
         each_seed: also draw each seed as a thin line.
+        band: draw the band; without it many seeds that end far apart stay visible.
         y_label: what y is, with its unit.
         columns: at most this many panels side by side.
         same_scale: whether all panels share the limits of y.
@@ -183,10 +185,11 @@ def learning_curves(
         axes.set_ylim(*(together if same_scale else alone))
         if best is not None:
             _best_line(axes, best)
-        _curves(axes, panel.curves, gutter, each_seed)
+        _curves(axes, panel.curves, gutter, each_seed, band)
         _step_axis(axes, panel.curves)
-    seeds = "; thin line: one seed" if each_seed else ""
-    note = f"Line: mean over seeds; band: lowest to highest seed{seeds}."
+    parts = ["Line: mean over seeds"]
+    parts += ["band: lowest to highest seed"] * band + ["thin line: one seed"] * each_seed
+    note = "; ".join(parts) + "."
     _say(figure, left - 0.5, top + rows * cell, note, _SMALL, GREY)
     save(figure, path, dpi)
     return figure
@@ -600,7 +603,13 @@ def _power(exponent: int) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _curves(axes: Axes, curves: Sequence[Curve], gutter: float, each_seed: bool = False) -> None:
+def _curves(
+    axes: Axes,
+    curves: Sequence[Curve],
+    gutter: float,
+    each_seed: bool = False,
+    band: bool = True,
+) -> None:
     """Mean, band and name of each curve. Names are placed by the limits of y: set them first."""
     _round_ticks(axes.xaxis, 4)
     if axes.get_yscale() == "linear":
@@ -612,8 +621,9 @@ def _curves(axes: Axes, curves: Sequence[Curve], gutter: float, each_seed: bool 
         # A masked mean: where every seed has diverged the line ends, without NumPy's warning.
         alive = np.ma.masked_invalid(values)
         mean = alive.mean(axis=0).filled(np.nan)
-        low, high = alive.min(axis=0).filled(np.nan), alive.max(axis=0).filled(np.nan)
-        axes.fill_between(steps, low, high, color=curve.color, alpha=0.16, linewidth=0, zorder=2)
+        if band:
+            low, high = alive.min(axis=0).filled(np.nan), alive.max(axis=0).filled(np.nan)
+            axes.fill_between(steps, low, high, color=curve.color, alpha=0.16, lw=0, zorder=2)
         if each_seed:
             for seed in values:
                 axes.plot(steps, seed, color=curve.color, alpha=0.35, linewidth=0.8, zorder=2.5)

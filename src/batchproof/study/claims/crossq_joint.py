@@ -80,7 +80,7 @@ BATCH = Norm("batch", "input+post", momentum=0.01, eps=1e-3)
 class Task:
     """A task and how it is trained.
 
-    On swing-up an action lasts for ten steps and observations are normalized by running
+    On swing-up an action lasts for four steps and observations are normalized by running
     statistics, as in `pendulum_swingup`: otherwise SAC fails there.
     """
 
@@ -99,11 +99,11 @@ TASKS = {
     "swingup": Task(
         "batchproof/PendulumSwingup-v0",
         "pendulum-swingup",
-        40_000,
+        48_000,
         1000,
         10,
         0.0,
-        {"repeat": 10},
+        {"repeat": 4},
         True,
     ),
 }
