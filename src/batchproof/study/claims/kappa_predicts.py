@@ -664,20 +664,23 @@ def _render(outcome: _Outcome, study: dict[str, Any], out: Path) -> None:
 
 def _headline(outcome: _Outcome, study: dict[str, Any]) -> str:
     """What the picture shows beyond the toy; a refuted F1 says which half of it did not hold."""
-    verdict = {claim["id"]: claim["verdict"] for claim in study["claims"]}["F1"]
+    verdicts = {claim["id"]: claim["verdict"] for claim in study["claims"]}
+    verdict = verdicts["F1"]
     if verdict != "refuted":
         return {
             "supported": "A blind critic early in training is an agent that fails",
             "inconclusive": "Does a blind critic early in training mean failure?",
         }[verdict]
-    every = [outcome.runs(task) for task in outcome.tasks if task != "toy"]
+    against = [t for t in outcome.tasks if t != "toy" and verdicts[f"F1-{t}"] == "refuted"]
+    where = f"On {' and '.join(TASKS[task].env_id for task in against)}"
+    every = [outcome.runs(task) for task in against]
     kappa = np.concatenate([runs.kappa.ravel() for runs in every])
     failed = np.concatenate([runs.score.ravel() for runs in every]) < LINE
     if (~failed)[kappa >= BLIND].mean() >= DECIDES:
-        return "Once states differ, agents learn with a blind critic too"
+        return f"{where}, agents learn with a blind critic too"
     if failed[kappa < BLIND].mean() >= DECIDES:
-        return "Once states differ, agents with a critic that sees fail too"
-    return "Once states differ, a blind critic does not tell who fails"
+        return f"{where}, agents with a critic that sees fail too"
+    return f"{where}, a blind critic does not tell who fails"
 
 
 def _scatter(outcome: _Outcome, path: Path, headline: str) -> None:
@@ -700,6 +703,7 @@ def _scatter(outcome: _Outcome, path: Path, headline: str) -> None:
         # A run far below the random policy would flatten all others: it is drawn at the edge.
         low = float(max(-1.0, min(-0.2, runs.score.min() - 0.1)))
         high = float(max(1.3, runs.score.max() + 0.1))
+        high += 0.15 * (high - low)  # room for words
         axes.fill_between([_FLOOR / 2, BLIND], low, LINE, color=plots.VERMILLION, alpha=0.09, lw=0)
         axes.fill_between([BLIND, 2], LINE, high, color=plots.BLUE, alpha=0.09, lw=0)
         axes.axhline(LINE, color=plots.GREY, lw=1, ls="--")
