@@ -214,6 +214,19 @@ def test_kappa_of_zero_is_drawn_at_the_floor_and_undefined_kappa_is_a_gap(tmp_pa
     assert not any("diverged" in text for text, _ in words(figure))
 
 
+def test_key_names_predictions_only_where_there_are_some(tmp_path):
+    def words(rows):
+        figure = condition_table_plot(rows, tmp_path / "f.png")
+        key = next(axes for axes in figure.axes if axes.get_gid() == "key")
+        return {text.get_text() for text in key.texts}
+
+    every = words(forest_rows())
+    assert {"predicted before", "predicted, missed"} <= every
+    assert words(forest_rows()[:1]) == every - {"predicted, missed"}
+    none = [ForestRow("No batch norm", {"TD3": [30.0, 29.0]})]
+    assert words(none) == every - {"predicted before", "predicted, missed"}
+
+
 def test_condition_table_plot(tmp_path):
     path = tmp_path / "forest.png"
     figure = condition_table_plot(forest_rows(), path, headline="Who learns", dpi=100)

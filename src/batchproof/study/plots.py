@@ -369,7 +369,7 @@ def condition_table_plot(
             )
         if index % 2 == 0:
             _stripe(figure, top + 0.4 + pitch * index, pitch)
-    _forest_key(figure, top + 0.4 + height + foot)
+    _forest_key(figure, top + 0.4 + height + foot, rows)
     save(figure, path, dpi)
     return figure
 
@@ -763,8 +763,8 @@ def _forest_row(axes: Axes, index: int, row: ForestRow, agent: str, column: int)
             )
 
 
-def _forest_key(figure: Figure, y: float) -> None:
-    """What dot, bar, tick and diamond stand for, drawn as themselves."""
+def _forest_key(figure: Figure, y: float, rows: Sequence[ForestRow]) -> None:
+    """What dot, bar, tick and diamond stand for, drawn as themselves; only what ``rows`` have."""
     axes = _axes(figure, 0.25, y, _WIDTH - 0.5, 0.3)
     axes.set_axis_off()
     axes.set_xlim(0.0, _WIDTH - 0.5)
@@ -774,9 +774,12 @@ def _forest_key(figure: Figure, y: float) -> None:
         ("o", {"color": GREY, "alpha": 0.7, "markersize": 5.5, "mew": 0}, "one seed"),
         ("|", {"color": GREY, "markersize": 14, "mew": 3}, "mean"),
         ("-", {"color": GREY, "linewidth": 2, "alpha": 0.6}, "lowest to highest seed"),
-        ("D", {"mfc": "white", "mec": BLACK, "markersize": 8.5, "mew": 1.6}, "predicted before"),
-        ("D", {"mfc": "white", "mec": _MISSED, "markersize": 8.5, "mew": 1.6}, "predicted, missed"),
     ]
+    diamond = {"mfc": "white", "markersize": 8.5, "mew": 1.6}
+    if any(value is not None for row in rows for value in row.prediction.values()):
+        items.append(("D", {**diamond, "mec": BLACK}, "predicted before"))
+    if any(row.missed & row.prediction.keys() for row in rows):
+        items.append(("D", {**diamond, "mec": _MISSED}, "predicted, missed"))
     x = 0.1
     for marker, style, text in items:
         span = [x - 0.1, x + 0.1] if marker == "-" else [x]
