@@ -87,6 +87,7 @@ def test_expected_results_support_every_claim():
         ("J6", {"none-online": -150.0}, {}, "refuted"),
         ("J7", {"swingup-te-online": 800.0}, {}, "refuted"),
         ("J7", {"swingup-te-online": 650.0}, {}, "inconclusive"),
+        ("J7", {"swingup-joint-online": 300.0}, {}, "inconclusive"),  # it works nowhere
     ],
 )
 def test_each_rule_can_go_the_other_way(claim, returns, errors, verdict):
