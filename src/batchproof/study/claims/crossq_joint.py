@@ -490,7 +490,7 @@ def judge(outcome: Outcome[Condition], biases: Biases) -> list[dict[str, Any]]:
         found = {key: gain("swingup-joint-online", f"swingup-{key}-online") for key in ("te", "tt")}
         least = min(found.values(), key=lambda interval: interval.lo)
         text = ", ".join(f"{key.upper()} {words(interval)}" for key, interval in found.items())
-        joint = mean_interval(score(outcome, "swingup-joint-online"))
+        joint = mean("swingup-joint-online")
         why = f"Return joint {words(joint)}, joint minus apart: {text}."
         if joint.lo <= SWINGUP_LEARNED:
             return Finding("inconclusive", least, f"{why} CrossQ is not shown to learn the task.")
