@@ -745,13 +745,19 @@ def _scatter(outcome: _Outcome, path: Path, headline: str) -> None:
 
 def explanation(study: dict[str, Any], headline: str) -> str:
     """The question in a minute, as HTML; its last paragraph follows the measured verdict."""
-    verdict = {claim["id"]: claim["verdict"] for claim in study["claims"]}["F1"]
+    verdicts = {claim["id"]: claim["verdict"] for claim in study["claims"]}
+    told = [
+        TASKS[task].env_id for task in TASKS
+        if task != "toy" and verdicts.get(f"F1-{task}") == "supported"
+    ]  # fmt: skip
     result = {
         "supported": "<p><strong>Here it was.</strong> On each task beyond the toy, runs with a "
         "blind critic failed and the others learned.</p>",
-        "refuted": f"<p><strong>Here it was not.</strong> {headline}: kappa does not sort the runs "
-        "into those that learn and those that fail.</p>",
-    }.get(verdict, "<p><strong>This run does not settle it</strong>: see F1 below.</p>")
+        "refuted": f"<p><strong>Not everywhere.</strong> {headline}: kappa does not sort the runs "
+        "there into those that learn and those that fail."
+        + (f" It does on {' and '.join(told)}." if told else "")
+        + "</p>",
+    }.get(verdicts["F1"], "<p><strong>This run does not settle it</strong>: see F1 below.</p>")
     return (
         "<p>A critic that is normalized by its batch (slot 3 in <code>T</code>) cannot tell the "
         "actor that all actions should go up: the batch's mean goes up with them. The measure of "
