@@ -81,8 +81,11 @@ def on_atoms(probabilities, values, low, high, atoms):
     return result
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("atoms", [2, 11, 101])
-def test_mass_is_put_onto_atoms_as_by_hand(atoms):
+def test_mass_is_put_onto_atoms_as_by_hand(monkeypatch, atoms, elsewhere):
+    if elsewhere:  # as on a device that is no CPU
+        monkeypatch.setattr(xqc, "_shared_in_turn", xqc._shared)
     config = xqc.Config(atoms=atoms, low=-2, high=3)
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(atoms), B)

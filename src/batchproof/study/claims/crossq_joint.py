@@ -28,7 +28,7 @@ mix in, and the actor has no norm.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,12 @@ from jax import Array
 
 from batchproof import records
 from batchproof.errors import BatchproofError
-from batchproof.lab import checkpoint, nets, replay
+from batchproof.lab import checkpoint, nets
 from batchproof.lab.agents import crossq
 from batchproof.lab.loop import Result, read_metrics, train
 from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
-from batchproof.lab.off_policy import Seed, Stepper, seen
+from batchproof.lab.off_policy import Seed, Stepper, sample
 from batchproof.lab.passes import Batch, replay_and_target_q
 from batchproof.lab.recalibrate import recalibrate_critics
 from batchproof.lab.squashed_gaussian import draw_noise
@@ -293,12 +293,12 @@ def measure_bias(wanted: Training, folder: Path) -> Bias:
     stepper = Stepper(wanted)
     stepper.restore(folder / "checkpoint")
     filled = min(stepper.step, wanted.capacity)
-    config, obs_size = wanted.config, stepper.obs_size
+    config = wanted.config
+    drawn = replace(wanted, config=replace(config, batch_size=ROWS))
 
     def of_seed(seed: Seed, key: Array) -> dict[str, Array]:
         sample_key, noise_key = jax.random.split(key)
-        batch = replay.sample(seed.rows, sample_key, jnp.asarray(filled), ROWS, obs_size)
-        batch = batch._replace(obs=seen(seed, batch.obs), next_obs=seen(seed, batch.next_obs))
+        batch = sample(drawn, seed, sample_key, jnp.asarray(filled))
         return td_bias(config, seed.agent, batch, noise_key)
 
     count = len(wanted.seeds)

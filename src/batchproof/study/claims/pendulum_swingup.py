@@ -12,7 +12,7 @@ the paper's, SAC's are its own. The task is `batchproof.envs.pendulum_swingup`, 
 
 Two settings were chosen after tries in which SAC failed, for a cure needs an ill XQC beside a
 healthy SAC: an action lasts for four steps, and every condition gets observations normalized by
-running statistics (the speed is ten times as large as the rest). ``sac-raw`` is SAC without.
+running statistics (the speed spreads much wider than the rest). ``sac-raw`` is SAC without.
 
 The guess that is put to the test: rewards are 0 nearly everywhere at first, so the standard
 deviation of the returns, by which XQC divides rewards, is small, and what a good policy would
