@@ -388,3 +388,47 @@ def test_networks_given_alone():
         {"actor": planted.Actor().eval(), "critic": Critic().eval()}, planted.batch().obs
     )
     assert not any(o.status is FAIL for o in check(subject, *CODES))
+
+
+def test_sb3_plan_with_targets_in_train_mode_is_to_be_reviewed_not_wrong():
+    """MA-BN's plan runs slots 2 and 5 in T: who set it means it. Without a plan both fail."""
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines3 import TD3
+
+    from batchproof.clinic.fix import fix
+    from batchproof.sb3.adapter import subject_from_model
+    from batchproof.sb3.modes import clear_modes, set_modes
+    from batchproof.sb3.policies import NormTD3Policy
+
+    model = TD3(
+        NormTD3Policy,
+        "Pendulum-v1",
+        policy_kwargs={"norm": "batch", "net_arch": [16]},
+        learning_starts=50,
+        batch_size=32,
+        seed=0,
+        device="cpu",
+    )
+    set_modes(model, "TTETT")
+    model.learn(200)
+    subject = subject_from_model(model)
+    in_train, differ = check(subject, "BP303", "BP308")
+    assert [in_train.status, differ.status] == [REVIEW, REVIEW]
+    assert {f.network for f in in_train.findings} == {"actor_target", "critic_target"}
+    assert all("as its mode plan TTETT asks" in f.message for f in in_train.findings)
+    assert "as its mode plan TTETT asks" in differ.findings[0].message
+    found = {"BP303": in_train}
+    assert fix(subject, found, unsafe=True) == []  # what is to be reviewed is left alone
+    (refused,) = fix(subject, found, only=["BP303"], unsafe=True)
+    assert not refused.applied
+    assert "mode plan TTETT" in refused.reason
+
+    set_modes(model, "TEETT")  # slot 2 in E: the target actor has nothing to answer for
+    in_train, differ = check(subject_from_model(model), "BP303", "BP308")
+    assert [in_train.status, differ.status] == [REVIEW, PASS]
+    assert {f.network for f in in_train.findings} == {"critic_target"}
+
+    clear_modes(model)
+    for target in (model.actor_target, model.critic_target):
+        target.train()
+    assert check(subject_from_model(model), "BP303").status is FAIL

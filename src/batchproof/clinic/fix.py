@@ -289,6 +289,12 @@ def _eval_when_acting(subject: Subject, plan: str | None) -> list[str]:
 
 
 def _eval_targets(subject: Subject, plan: str | None) -> list[str]:
+    chosen = subject.plan() if subject.plan is not None else None
+    if chosen is not None:
+        raise BatchproofError(
+            f"the model trains under the mode plan {chosen}, which says how its targets run: "
+            'set another one, for example batchproof.sb3.set_modes(model, "TEETE")'
+        )
     changed = []
     for target in subject.targets:
         network = subject.networks[target]

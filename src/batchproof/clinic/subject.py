@@ -71,6 +71,8 @@ class Subject:
         gamma: discount per step.
         momentum_horizon: gradient steps between two uses of the running statistics, where known.
         update: one real gradient update of the library, for `trace`; None where there is none.
+        plan: the mode plan that somebody chose for its updates, None where nobody did; what the
+            rules see is always the update itself.
         model: the library's own object; None for plain modules.
         normalizers: observation and reward normalizers by name, in training (``train``) and at
             evaluation (``eval``), where known.
@@ -93,6 +95,7 @@ class Subject:
     gamma: float = 0.99
     momentum_horizon: int | None = None
     update: Callable[[], Any] | None = None
+    plan: Callable[[], str | None] | None = None
     model: Any = None
     normalizers: dict[str, Any] = field(default_factory=dict)
 

@@ -34,6 +34,7 @@ from batchproof.clinic.observations import check_against
 from batchproof.clinic.subject import Obs, Subject, Transitions, rows, stacked_q, take, unchanged
 from batchproof.envs import register_envs
 from batchproof.errors import BatchproofError
+from batchproof.sb3.modes import get_modes
 
 MOST_TRANSITIONS = 256
 """Replayed transitions that a subject takes."""
@@ -105,6 +106,7 @@ def subject_from_model(
         action_low=action.low,
         action_high=action.high,
         gamma=float(getattr(model, "gamma", 0.99)),
+        plan=lambda: get_modes(model),
         model=model,
         normalizers=_normalizers(model, env),
         **parts,
