@@ -160,6 +160,19 @@ def test_what_is_finished_is_kept_and_conditions_and_seeds_can_be_added(
     assert returns(added) == returns(whole[1])
 
 
+def test_a_setting_that_is_newer_than_a_finished_run_has_its_default_there(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    for path in out.glob("cells/*/*/*/run.json"):
+        record = json.loads(path.read_text())
+        del record["training"]["normalize_obs"], record["checksum"]
+        path.write_text(json.dumps(record))
+    before = times(out)
+    assert returns(run(f"{SMALL} --seeds 2", out)) == returns(whole[1])
+    assert changed(out, before) == set()
+
+
 def test_other_settings_need_another_folder(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

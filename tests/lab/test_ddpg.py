@@ -246,6 +246,13 @@ def test_the_output_layers_start_within_their_bound():
     np.testing.assert_array_equal(target, bounded.actor.params["linear_out"]["weight"])
 
 
+@pytest.mark.usefixtures("_compile_fast")
+def test_the_bound_is_of_a_linear_network_too():
+    config = ddpg.Config(actor=MLP(()), output_bound=3e-3)
+    weights = np.ravel(ddpg.init(config, KEY, O, A).actor.params["linear_out"]["weight"])
+    assert 1e-3 < np.abs(weights).max() <= 3e-3 * (1 + 1e-6)
+
+
 def test_the_paper_s_preset_normalizes_what_the_paper_does():
     """The actor's input and hidden layers; of the critic, its input and first layer alone."""
     paper = ddpg.PRESETS["paper"]
@@ -293,6 +300,7 @@ def test_the_table_of_agents_has_it():
         ({"output_bound": float("inf")}, "output_bound"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"tau": 2.0}, "tau"),
+        ({"batch_size": 0}, "batch_size"),
     ],
 )
 def test_settings_that_make_no_sense_raise(changes, part):

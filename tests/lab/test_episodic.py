@@ -19,7 +19,7 @@ from batchproof.errors import BatchproofError
 from batchproof.lab.agents.reinforce import Config
 from batchproof.lab.envs import JAX_ENVS
 from batchproof.lab.envs.jax_env import Step
-from batchproof.lab.episodic import Stepper, alone, collect, together
+from batchproof.lab.episodic import Stepper, _longest_episode, alone, collect, together
 from batchproof.lab.loop import train
 from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
@@ -215,6 +215,12 @@ def test_evaluation_is_of_the_policy_alone_and_training_s_mode_is_kept_apart() -
         "ETEEEE": ("TEEEE", "TEEEE"),
         "BTEEEE": ("BTEEEE", "BTEEEE"),
     }
+
+
+def test_an_option_may_be_a_list() -> None:
+    pytest.importorskip("mujoco")
+    options = [{"healthy_z_range": [0.5, 10.0]}, {"healthy_z_range": [0.6, 10.0]}]
+    assert _longest_episode("Hopper-v5", options) == 1000
 
 
 def test_an_environment_without_end_is_refused() -> None:

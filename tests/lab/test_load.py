@@ -110,3 +110,11 @@ def test_what_does_not_fit_is_said_in_one_line(run, folder, tmp_path):
     records.write_json(tmp_path / "run.json", record)
     with pytest.raises(BatchproofError, match=r"another version of batchproof \(made_up\)"):
         load.load_run(tmp_path)
+    for place in (("actor",), ("actor", "norm")):  # a newer version's networks and norms
+        record = records.read_json(folder / "run.json")
+        part = record["training"]["config"]
+        for name in place:
+            part = part[name]
+        part["made_up"] = 1
+        with pytest.raises(BatchproofError, match=r"another version of batchproof \(made_up\)"):
+            load.training_from_record(record["training"], tmp_path)

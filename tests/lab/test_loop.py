@@ -335,6 +335,41 @@ def test_a_wall_time_that_was_edited_does_not_stop_a_run(
     assert 0 < train(training, tmp_path, progress=False).wall_s < 1_000
 
 
+def test_another_number_of_devices_is_said_in_one_line(
+    finished: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    """Three seeds on two devices are padded to four, on one they are three."""
+    training = replace(finished("jax").training, seeds=(0, 1, 2))
+    train(training, tmp_path, progress=False, stop=lambda step, returns: True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    other = 2 if record["devices"] == 1 else 1
+    records.write_json(tmp_path / "run.json", record | {"devices": other})
+    with pytest.raises(BatchproofError, match=f"begun on {other} .* JAX_NUM_CPU_DEVICES={other} "):
+        train(training, tmp_path, progress=False)
+    records.write_json(tmp_path / "run.json", record)
+    assert len(train(training, tmp_path, progress=False).seeds) == 3
+
+
+def test_a_run_that_goes_on_hides_the_events_that_it_repeats(
+    finished: Callable[[str], Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorboardX
+
+    training, purged = finished("jax").training, []
+    real = tensorboardX.SummaryWriter
+
+    def writer(folder: str, purge_step: int) -> Any:
+        purged.append(purge_step)
+        return real(folder, purge_step=purge_step)
+
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", writer)
+    train(training, tmp_path, progress=False, tensorboard=True, stop=lambda step, returns: True)
+    reached = checkpoint.read_state(tmp_path / "checkpoint")
+    assert reached is not None
+    train(training, tmp_path, progress=False, tensorboard=True)
+    assert purged == [1, reached["step"] + 1]
+
+
 def test_a_finished_run_is_read_back(finished: Callable[[str], Finished]) -> None:
     whole = finished("jax")
     before = {path: path.stat().st_mtime_ns for path in whole.out.rglob("*.*") if path.suffix}

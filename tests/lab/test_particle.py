@@ -98,6 +98,6 @@ def test_a_reset_draws_as_mpe2_does(env_id: str) -> None:
 @pytest.mark.parametrize("task", TASKS.values())
 def test_an_option_out_of_range_raises(task: Any) -> None:
     assert task.make(max_cycles=7).limit == 7
-    for max_cycles in (0, 26):
+    for max_cycles in (0, 26, 10.5, True):
         with pytest.raises(BatchproofError, match="add --host-env"):
             task.make(max_cycles=max_cycles)

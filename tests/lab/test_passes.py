@@ -7,7 +7,7 @@ import pytest
 
 from batchproof.errors import BatchproofError
 from batchproof.lab import nets, passes
-from batchproof.lab.agents import sac, td3
+from batchproof.lab.agents import crossq, sac, td3, xqc
 from batchproof.lab.nets import MLP, Network, q_values
 from batchproof.lab.norms import Norm
 from batchproof.lab.passes import Batch
@@ -297,3 +297,22 @@ def test_follow(critic, target, batch, tau, target_stats):
 def test_unknown_target_statistics_say_what_to_write(use):
     with pytest.raises(BatchproofError, match="'copied': use one of copy, polyak, stale"):
         use("copied")
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (td3.Config, {"policy_delay": 0}),
+        (td3.Config, {"noise_clip": -1.0}),
+        (td3.Config, {"target_noise": -0.2}),
+        (td3.Config, {"exploration_noise": float("nan")}),
+        (crossq.Config, {"policy_delay": 0}),
+        (crossq.Config, {"schedule_steps": -5, "learning_rate_end": 1e-4}),
+        (crossq.Config, {"schedule_steps": 5, "learning_rate_end": -1e-4}),
+        (xqc.Config, {"schedule_steps": -5}),
+    ],
+)
+def test_settings_with_which_nothing_can_learn_are_refused(make, changes):
+    with pytest.raises(BatchproofError, match="|".join(changes)) as caught:
+        make(**changes)
+    assert "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ import pytest
 from batchproof.errors import BatchproofError
 from batchproof.lab.agents import ddpg
 from batchproof.lab.envs import JAX_ENVS
+from batchproof.lab.envs.jax_env import make
 from batchproof.lab.envs.pendulum import Pendulum, PendulumState
 from batchproof.lab.nets import MLP
 from batchproof.lab.off_policy import Stepper
@@ -104,9 +105,13 @@ def test_the_time_limit_can_be_shorter_but_not_longer() -> None:
         state = result.state
         truncated.append(bool(result.truncated))
     assert truncated == [False, False, True]
-    for steps in (0, 201):
+    for steps in (0, 201, 150.5, True):
         with pytest.raises(BatchproofError, match="add --host-env"):
             Pendulum.make(max_episode_steps=steps)
+    for gravity in ("abc", float("nan")):
+        with pytest.raises(BatchproofError, match="cannot make environment") as caught:
+            make(Pendulum, {"g": gravity})
+        assert "\n" not in str(caught.value)
     training = Training(
         "ddpg", ddpg.Config(), "Pendulum-v1", env_options={"gravity": 1}, learning_starts=0
     )

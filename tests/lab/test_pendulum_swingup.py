@@ -143,7 +143,7 @@ def test_a_repeated_action_is_as_many_steps_in_both_versions(repeat: int) -> Non
 @pytest.mark.parametrize("repeat", [0, -1, 3, 1.5, 2.0, "two", 2000])
 def test_an_action_lasts_for_a_part_of_the_episode(repeat: object) -> None:
     for made in (PendulumSwingupEnv, PendulumSwingup.make):
-        with pytest.raises(BatchproofError, match="whole number that divides max_steps=1000"):
+        with pytest.raises(BatchproofError, match="whole number"):
             made(repeat=repeat)
 
 

@@ -170,7 +170,7 @@ def test_a_long_rally_is_cut_off_not_ended() -> None:
 
 @pytest.mark.parametrize("make", [parallel_env, Rally.make])
 def test_episodes_have_a_length_or_raise(make: Callable[..., Any]) -> None:
-    for max_steps in (0, 301):
+    for max_steps in (0, 301, 10.5, True):
         with pytest.raises(BatchproofError, match="from 1 to 300"):
             make(max_steps=max_steps)
 

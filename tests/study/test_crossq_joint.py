@@ -15,7 +15,7 @@ from batchproof.lab.loop import Result
 from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
 from batchproof.lab.passes import Batch
-from batchproof.records import read_json
+from batchproof.records import read_json, write_json
 from batchproof.study import conditions as shared
 from batchproof.study.claims import crossq_joint as study
 
@@ -202,6 +202,16 @@ def test_a_target_network_is_valued_on_its_own_weights():
     assert abs(float(bias["gap"] - online["gap"])) > 0.02
 
 
+@pytest.mark.parametrize("steps", [6000, 100_000, 1000, 40])
+def test_a_run_has_twelve_evaluations_whatever_its_length(steps: int) -> None:
+    """It is stopped one interval before its end, and never runs longer than was asked for."""
+    for condition in (BY_KEY["tt-online"], BY_KEY["swingup-tt-online"]):
+        made = study.training(condition, 2, steps)
+        end = made.steps - made.evaluation_interval
+        assert end == study.EVALUATIONS * made.evaluation_interval
+        assert steps - study.EVALUATIONS < end <= steps
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"conditions": "joint-online,never"}, "never"), ({"seeds": 0}, "seeds")],
@@ -237,6 +247,9 @@ def test_small_run_measures_the_bias_and_resumes_its_cells(tmp_path: Path, monke
     cell = tmp_path / "cells" / "tt-online"
     before = (cell / "run.json").stat().st_mtime_ns
     (cell / "bias.json").unlink()
+    # What was measured on another number of rows is measured anew.
+    other = tmp_path / "cells" / "swingup-tt-online" / "bias.json"
+    write_json(other, read_json(other) | {"rows": 128, "target": [9.0, 9.0]})
     again = study.run(tmp_path, progress=False, command="batchproof study", **options)
     assert (cell / "run.json").stat().st_mtime_ns == before
     assert again["conditions"] == made["conditions"]

@@ -220,7 +220,11 @@ def test_a_cure_differs_from_the_library_in_its_modes_alone():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"conditions": "none,bm"}, "bm"), ({"seeds": 0}, "seeds"), ({"steps": 0}, "steps")],
+    [
+        ({"conditions": "none,bm"}, "bm"),
+        ({"seeds": 0}, "seeds"),
+        ({"steps": 2047}, "at least 2048"),
+    ],
 )
 def test_bad_options_are_refused_before_any_run(options, words, tmp_path):
     with pytest.raises(BatchproofError, match=words):

@@ -70,12 +70,14 @@ def cells(spec: Spec, conditions: Sequence[Condition], out: Path, build: Build) 
     Raises:
         BatchproofError: ``out`` holds a condition of the same name with other settings.
     """
+    from batchproof.lab.load import up_to_date  # imports JAX
+
     held: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     places: dict[Path, dict[str, Any]] = {}
     for path in sorted(out.glob("cells/*/*/*/run.json")):
         try:
             run = records.read_json(path)
-            record = run["training"]
+            record = up_to_date(run["training"], path)
             held.setdefault(record_key(record), []).append((path.parent, run))
         except (BatchproofError, TypeError, KeyError):
             continue  # training there will say what is wrong with it

@@ -11,11 +11,11 @@ rewards were equal (`tests/lab/test_pendulum_swingup.py` holds two of them).
 from __future__ import annotations
 
 import math
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from batchproof.envs.options import check_whole
 from batchproof.errors import BatchproofError
 
 EPISODE_STEPS = 1000
@@ -75,12 +75,9 @@ def observe(xp: Any, state: SwingupState) -> Any:
 
 def check_options(max_steps: int, repeat: int) -> None:
     """Raise a `BatchproofError` unless episodes have 1 to 1000 steps, a multiple of ``repeat``."""
-    if not isinstance(max_steps, Integral) or not 1 <= max_steps <= EPISODE_STEPS:
-        raise BatchproofError(
-            "max_steps of batchproof/PendulumSwingup-v0 must be a whole number from 1 to "
-            f"{EPISODE_STEPS}, got {max_steps}"
-        )
-    if not isinstance(repeat, Integral) or repeat < 1 or max_steps % repeat:
+    check_whole("max_steps of batchproof/PendulumSwingup-v0", max_steps, EPISODE_STEPS)
+    check_whole("repeat of batchproof/PendulumSwingup-v0", repeat, max_steps)
+    if max_steps % repeat:
         raise BatchproofError(
             "repeat of batchproof/PendulumSwingup-v0 must be a whole number that divides "
             f"max_steps={max_steps}, got {repeat}"

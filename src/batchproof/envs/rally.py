@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from batchproof.envs.options import check_whole
 from batchproof.errors import BatchproofError
 
 NAMES = ("left", "right")
@@ -182,10 +183,7 @@ def _judge(xp: Any, before: Any, ball: Any, hitter: Any) -> tuple[Any, Any]:
 
 def check_max_steps(max_steps: int) -> None:
     """Raise a `BatchproofError` unless episodes have 1 to 300 steps."""
-    if not 1 <= max_steps <= EPISODE_STEPS:
-        raise BatchproofError(
-            f"max_steps of batchproof/Rally-v0 must be from 1 to {EPISODE_STEPS}, got {max_steps}"
-        )
+    check_whole("max_steps of batchproof/Rally-v0", max_steps, EPISODE_STEPS)
 
 
 def parallel_env(max_steps: int = EPISODE_STEPS) -> Any:

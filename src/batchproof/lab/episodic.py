@@ -17,6 +17,7 @@ Shapes: ``P`` population, ``S`` steps, ``N`` episodes of a batch, ``O`` obs, ``A
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,7 +183,7 @@ class Stepper:
         layout: None, for these agents are alone.
     """
 
-    layout = None
+    layout = None  # one agent
 
     def __init__(self, training: Training) -> None:
         """Build environments and policies; nothing is compiled yet.
@@ -191,7 +192,6 @@ class Stepper:
             BatchproofError: the environment has no longest episode, or several agents.
         """
         self.training = training
-        self.layout = None  # one agent
         self.mesh = population.mesh_for(len(training.seeds))
         # Padding copies the last seed; its rows are dropped wherever results are read.
         self.seeds = population.padded(list(training.seeds), self.mesh)
@@ -386,7 +386,8 @@ def _longest_episode(env_id: str, options: list[dict[str, Any]]) -> int:
         BatchproofError: it has none.
     """
     longest = 0
-    for option in [dict(items) for items in {tuple(sorted(o.items())) for o in options}]:
+    # An option's value may be a list, which has no hash.
+    for option in {json.dumps(o, sort_keys=True, default=str): o for o in options}.values():
         env: gymnasium.Env = host.make(env_id, option)
         limit = env.spec.max_episode_steps if env.spec else None
         if limit is None and env_id in JAX_ENVS:

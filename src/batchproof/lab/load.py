@@ -219,19 +219,27 @@ def training_from_record(record: dict[str, Any], path: Path) -> Training:
     return Training(**values)
 
 
+def up_to_date(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A run's record as this version writes it: a setting newer than it has its default there.
+
+    Raises:
+        BatchproofError: as `training_from_record`.
+    """
+    written: dict[str, Any] = records.to_json(training_from_record(record, path).record())
+    return written
+
+
 def _config(kind: Any, record: dict[str, Any], path: Path) -> Any:
     names = {field.name for field in fields(kind)}
     if not record.keys() <= names:
         odd = ", ".join(sorted(record.keys() - names))
         raise BatchproofError(f"{path}: made by another version of batchproof ({odd})")
-    return kind(**{name: _value(name, value) for name, value in record.items()})
+    return kind(**{name: _value(name, value, path) for name, value in record.items()})
 
 
-def _value(name: str, value: Any) -> Any:
+def _value(name: str, value: Any, path: Path) -> Any:
     if name == "plan":
         return Plan.parse(value)
-    if isinstance(value, dict) and "norm" in value:
-        return MLP(**{key: _value(key, inner) for key, inner in value.items()})
-    if name == "norm":
-        return Norm(**value)
+    if isinstance(value, dict):
+        return _config(MLP if "norm" in value else Norm, value, path)
     return tuple(value) if isinstance(value, list) else value

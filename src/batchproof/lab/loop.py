@@ -20,7 +20,7 @@ from tqdm import tqdm
 from batchproof import records
 from batchproof.errors import BatchproofError
 from batchproof.lab import checkpoint, episodic, off_policy
-from batchproof.lab.load import training_from_record
+from batchproof.lab.load import up_to_date
 from batchproof.lab.training import NOT_DIVERGED, Training
 
 STEPPERS: dict[str, Any] = {"off_policy": off_policy.Stepper, "episodic": episodic.Stepper}
@@ -91,8 +91,8 @@ def _check_folder(training: Training, out: Path) -> Result | None:
     held = run.get("training") if isinstance(run, dict) else None
     if not isinstance(held, dict):
         raise BatchproofError(f"{path}: not a run record; delete it or choose another --out")
-    if held != wanted:  # a setting newer than the record has its default there
-        held = records.to_json(training_from_record(held, path).record())
+    if held != wanted:
+        held = up_to_date(held, path)
     if held != wanted:
         names = sorted(k for k in wanted.keys() | held.keys() if held.get(k) != wanted.get(k))
         raise BatchproofError(
@@ -138,7 +138,8 @@ class _Run:
         self.checkpoint_seconds = checkpoint_seconds
         self.stepper = STEPPERS[training.agent.STEPPER](training)
         self.rows: list[dict[str, Any]] = []
-        self.writer = _tensorboard_writer(out) if tensorboard else None
+        self.tensorboard = tensorboard
+        self.writer: Any = None
 
     def close(self) -> None:
         self.stepper.close()
@@ -151,9 +152,12 @@ class _Run:
         folder = self.out / "checkpoint"
         if checkpoint.read_state(folder) is not None:
             began -= self._recorded_wall_s()
+            self._check_devices()
             stepper.restore(folder)
             columns = read_metrics(self.out / "metrics.parquet")
             self.rows = [row for row in _rows(columns) if row["step"] <= stepper.step]
+        if self.tensorboard:
+            self.writer = _tensorboard_writer(self.out, stepper.step + 1)
         self._write_record("running", time.perf_counter() - began)
         saved = time.monotonic()
         with _bar(progress, label, steps, stepper.step) as bar:
@@ -179,6 +183,18 @@ class _Run:
         stepper.save_agents(folder)
         seeds = self._write_record("finished", wall_s)
         return Result(_columns(self.rows), seeds, wall_s)
+
+    def _check_devices(self) -> None:
+        # Devices share the seeds evenly: with another number of them the population may be padded
+        # to another size.
+        path, seeds = self.out / "run.json", len(self.training.seeds)
+        then = records.read_json(path).get("devices") if path.exists() else None
+        now = self.stepper.mesh.size
+        if isinstance(then, int) and then > 0 and -seeds % then != -seeds % now:
+            raise BatchproofError(
+                f"{self.out} was begun on {then} devices and there are {now} here: set "
+                f"JAX_NUM_CPU_DEVICES={then} to continue it, or choose another --out"
+            )
 
     def _recorded_wall_s(self) -> float:
         path = self.out / "run.json"
@@ -282,7 +298,8 @@ def _bar(progress: bool, label: str, total: int, done: int) -> Iterator[Any]:
         yield bar
 
 
-def _tensorboard_writer(out: Path) -> Any:
+def _tensorboard_writer(out: Path, begins: int) -> Any:
+    """A writer of events from step ``begins`` on: a killed run's later ones are not shown."""
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(out / "tensorboard"))
+    return SummaryWriter(str(out / "tensorboard"), purge_step=begins)

@@ -144,9 +144,18 @@ def check_config(config: Any) -> None:
         raise BatchproofError(f"gamma must be in [0, 1], got {config.gamma}")
     if not 0 < config.tau <= 1:
         raise BatchproofError(f"tau must be in (0, 1], got {config.tau}")
-    for name in ("batch_size", "critics"):
-        if getattr(config, name) < 1:
-            raise BatchproofError(f"{name} must be at least 1, got {getattr(config, name)}")
+    # Not every agent has each of these.
+    for name in ("batch_size", "critics", "policy_delay"):
+        value = getattr(config, name, 1)
+        if value < 1:
+            raise BatchproofError(f"{name} must be at least 1, got {value}")
+    for name in ("exploration_noise", "target_noise", "noise_clip", "schedule_steps"):
+        value = getattr(config, name, 0)
+        if not 0 <= value < math.inf:
+            raise BatchproofError(f"{name} must not be negative, got {value}")
+    end = getattr(config, "learning_rate_end", None)
+    if end is not None and not 0 < end < math.inf:
+        raise BatchproofError(f"learning_rate_end must be positive, got {end}")
 
 
 def _polyak(target: Tree, online: Tree, tau: float) -> Tree:

@@ -126,20 +126,21 @@ class Training:
 
     def record(self) -> dict[str, Any]:
         """The run as JSON values; two runs with equal records give equal results."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, Plan):
-                return str(value)
-            if is_dataclass(value):
-                kept = [f for f in fields(value) if f.metadata.get("record", True)]
-                return {f.name: plain(getattr(value, f.name)) for f in kept}
-            if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
-            if isinstance(value, list | tuple):
-                return [plain(item) for item in value]
-            return value
-
         return plain(self)
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON values, but for fields that say that they change no result."""
+    if isinstance(value, Plan):
+        return str(value)
+    if is_dataclass(value):
+        kept = [f for f in fields(value) if f.metadata.get("record", True)]
+        return {f.name: plain(getattr(value, f.name)) for f in kept}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def check_agents(training: Training, layout: Layout | None) -> None:

@@ -1,7 +1,8 @@
 """Every agent of the lab by name: one file each, the same functions in the same order.
 
-An agent is a module with ``STEPPER``, ``Config``, ``PRESETS``, ``State``, ``init``, ``update``,
-``act`` and ``measure``.
+An agent is a module with ``STEPPER``, ``MULTI_AGENT``, ``Config``, ``PRESETS``, ``TRAINING``,
+``State``, ``init``, ``update`` and ``act``. One that replays has ``measure`` too, and may have
+``observe``, which sees each reward as it comes (XQC's scale of returns).
 """
 
 from types import ModuleType

@@ -99,9 +99,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise BatchproofError(f"{name} must be positive, got {value}")
-        for name in ("critic_weight_decay", "exploration_noise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise BatchproofError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.critic_weight_decay < math.inf:
+            raise BatchproofError(
+                f"critic_weight_decay must not be negative, got {self.critic_weight_decay}"
+            )
 
 
 _BEFORE_ACTION = MLP((400, 300), Norm("batch", placement="before-action"))
@@ -146,8 +147,8 @@ def init(config: Config, key: Array, obs_size: int, action_size: int) -> State:
     actor = nets.init(actor_key, nets.without_action(config.actor), obs_size, action_size)
     critic = nets.init_critics(critic_key, config.critic, obs_size, action_size, config.critics)
     if config.output_bound is not None:
-        actor = _bound_output(actor, config.actor, config.output_bound)
-        critic = _bound_output(critic, config.critic, config.output_bound)
+        actor = _bound_output(actor, config.output_bound)
+        critic = _bound_output(critic, config.output_bound)
     actor_optimizer, critic_optimizer = optimizers(config)
     return State(
         actor=actor,
@@ -160,9 +161,10 @@ def init(config: Config, key: Array, obs_size: int, action_size: int) -> State:
     )
 
 
-def _bound_output(network: Network, mlp: MLP, bound: float) -> Network:
+def _bound_output(network: Network, bound: float) -> Network:
     """The network with an output layer drawn from +-bound: PyTorch's draw, shrunk."""
-    shrink = bound * mlp.hidden[-1] ** 0.5
+    fan_in = network.params["linear_out"]["weight"].shape[-2]
+    shrink = bound * fan_in**0.5
     output = jax.tree.map(lambda leaf: shrink * leaf, network.params["linear_out"])
     return network._replace(params=network.params | {"linear_out": output})
 

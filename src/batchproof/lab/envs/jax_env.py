@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -52,9 +53,12 @@ def make(env: Any, options: dict[str, Any]) -> Any:
     Raises:
         BatchproofError: an option that it does not take, or cannot.
     """
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BatchproofError(f"cannot make environment: option {name} is {value}")
     try:
         return env.make(**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         line = f"cannot make environment: {error} (--host-env takes the original's options)"
         raise BatchproofError(line) from None
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from batchproof.errors import BatchproofError
+from batchproof.envs.options import check_whole
 from batchproof.lab.envs.jax_env import Step
 from batchproof.lab.envs.layout import Layout
 
@@ -173,11 +173,8 @@ class Reference:
 
 
 def _limit(max_cycles: int, name: str) -> Array:
-    if not 1 <= max_cycles <= EPISODE_STEPS:
-        raise BatchproofError(
-            f"max_cycles of mpe2/{name} in JAX must be from 1 to {EPISODE_STEPS}, "
-            f"got {max_cycles}: for longer episodes add --host-env"
-        )
+    option = f"max_cycles of mpe2/{name} in JAX"
+    check_whole(option, max_cycles, EPISODE_STEPS, "for longer episodes add --host-env")
     return jnp.asarray(max_cycles, jnp.int32)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from batchproof.errors import BatchproofError
+from batchproof.envs.options import check_whole
 from batchproof.lab.envs.jax_env import Step
 
 MAX_SPEED = 8.0  # radians per second
@@ -50,13 +50,10 @@ class Pendulum:
         """Build it with gravity ``g`` and episodes of ``max_episode_steps``.
 
         Raises:
-            BatchproofError: episodes of less than 1 or more than 200 steps.
+            BatchproofError: episodes that are not a whole number of steps from 1 to 200.
         """
-        if not 1 <= max_episode_steps <= EPISODE_STEPS:
-            raise BatchproofError(
-                f"max_episode_steps of Pendulum-v1 in JAX must be from 1 to {EPISODE_STEPS}, "
-                f"got {max_episode_steps}: for longer episodes add --host-env"
-            )
+        name = "max_episode_steps of Pendulum-v1 in JAX"
+        check_whole(name, max_episode_steps, EPISODE_STEPS, "for longer episodes add --host-env")
         return cls(jnp.asarray(float(g)), jnp.asarray(max_episode_steps, jnp.int32))
 
     def reset(self, key: Array) -> tuple[PendulumState, Array]:

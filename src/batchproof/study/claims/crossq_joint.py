@@ -41,6 +41,7 @@ from batchproof import records
 from batchproof.errors import BatchproofError
 from batchproof.lab import checkpoint, nets
 from batchproof.lab.agents import crossq
+from batchproof.lab.load import up_to_date
 from batchproof.lab.loop import Result, read_metrics, train
 from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
@@ -241,7 +242,8 @@ def training(condition: Condition, seeds: int, steps: int) -> Training:
         env_id=task.env_id,
         env_options=task.env_options,
         seeds=tuple(range(seeds)),
-        steps=steps + interval,  # it is stopped at ``steps``, see `_train`
+        # It is stopped one interval before its end, see `_train`.
+        steps=(EVALUATIONS + 1) * interval,
         learning_starts=min(task.learning_starts, steps // 4),
         eval_every=interval,
         eval_episodes=task.eval_episodes,
@@ -252,7 +254,8 @@ def training(condition: Condition, seeds: int, steps: int) -> Training:
 # --- the TD bias -----------------------------------------------------------------------------
 
 Bias = dict[str, Any]
-"""What was measured at the end of a run: its ``step``, and of each quantity a list over seeds.
+"""What was measured at the end of a run: its ``step``, the ``rows`` of the replay that it was
+measured on, and of each quantity a list over seeds.
 
 ``current`` is -E[Q_4 - Q_ref] on (s, a) and ``target`` is gamma E[(1 - terminated)
 (Q_5 - Q_ref)] on (s', a'): their sum is what normalization adds to the mean TD error. ``gap`` is
@@ -267,8 +270,16 @@ def _train(
     wanted: Training, folder: Path, progress: bool, label: str, command: str
 ) -> tuple[Result, Bias | None]:
     """Run a cell up to its last evaluation but one, where its replay is still there to measure."""
-    path = folder / "bias.json"
-    if not path.exists():
+    path, at_rest = folder / "bias.json", folder / "run.json"
+    if at_rest.exists():
+        held = records.read_json(at_rest)["training"]
+        if up_to_date(held, at_rest) != records.to_json(wanted.record()):
+            raise BatchproofError(
+                f"{folder} holds a run with other settings: choose another --out, or delete that "
+                "folder"
+            )
+    measured = records.read_json(path) if path.exists() else {}
+    if measured is not None and measured.get("rows") != ROWS:
         at = wanted.steps - wanted.evaluation_interval
         state = checkpoint.read_state(folder / "checkpoint")
         # A run that was killed while its bias was measured is there already.
@@ -279,11 +290,7 @@ def _train(
             )  # fmt: skip
         normed = wanted.config.critic.norm.kind != "none"
         records.write_json(path, measure_bias(wanted, folder) if normed else None)
-    run = records.read_json(folder / "run.json")
-    if run["training"] != records.to_json(wanted.record()):
-        raise BatchproofError(
-            f"{folder} holds a run with other settings: choose another --out, or delete that folder"
-        )
+    run = records.read_json(at_rest)
     metrics = read_metrics(folder / "metrics.parquet")
     return Result(metrics, run["seeds"], run["wall_s"]), records.read_json(path)
 
@@ -309,7 +316,7 @@ def measure_bias(wanted: Training, folder: Path) -> Bias:
     )  # run once: compiled fast, not to be fast
     measured = compiled(seed, keys)
     sound = np.asarray(seed.diverged_at) == NOT_DIVERGED
-    return {"step": stepper.step} | {
+    return {"step": stepper.step, "rows": ROWS} | {
         name: np.where(sound, np.asarray(values), np.nan).tolist()
         for name, values in measured.items()
     }

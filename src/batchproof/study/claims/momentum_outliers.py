@@ -292,9 +292,8 @@ def watch_cell(agent: str, seeds: int, steps: int, folder: Path, progress: bool)
     """Train one agent in train mode, watched by all `WATCHERS`; a finished cell is read back."""
     made = training(AGENTS[agent], "tTEEEE", seeds, steps, (RAW, OUTLIERS))
     path, note = folder / "watched.npz", folder / "watched.json"
-    settings = records.to_json(
-        {"training": made.record(), "watchers": [w.name for w in WATCHERS], "window": WINDOW}
-    )
+    names = {"watchers": [w.name for w in WATCHERS], "shown": [w.name for w in SHOWN]}
+    settings = records.to_json({"training": made.record(), "window": WINDOW} | names)
     if path.exists() and note.exists():
         held = records.read_json(note)
         if held.get("settings") != settings:

@@ -21,11 +21,11 @@ from batchproof.lab.agents import ddpg
 from batchproof.lab.envs.pendulum import Pendulum
 from batchproof.lab.loop import read_metrics
 from batchproof.lab.nets import Network
+from batchproof.lab.training import plain
 from batchproof.modes import E, Mode
 from batchproof.study.claims.batch_vs_single.conditions import (
     BATCH_SIZE,
     EVALUATIONS,
-    HIDDEN,
     STARTS,
     Condition,
     config_of,
@@ -145,9 +145,9 @@ def train_cell(
     folder = out / "cells" / condition.key
     wanted = records.to_json(
         {
-            "condition": condition.key, "seeds": seeds, "steps": steps, "hidden": HIDDEN,
-            "batch_size": BATCH_SIZE, "plan": str(config_of(condition).plan),
-            "num_envs": condition.num_envs, "starts": STARTS, "norm": condition.norm.kind,
+            "condition": condition.key, "seeds": seeds, "steps": steps, "starts": STARTS,
+            "num_envs": condition.num_envs, "evaluations": EVALUATIONS,
+            "config": plain(config_of(condition)),
         }
     )  # fmt: skip
     held = records.read_json(folder / "run.json") if (folder / "run.json").exists() else None
