@@ -61,6 +61,22 @@ RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         ),
         {},
     ),
+    "seeing": (
+        "td3",
+        td3.Config(actor=net("batch"), critic=net("batch"), plan=Plan.parse("TEETE")),
+        {},
+    ),
+    "ma-bn": (
+        "td3",
+        td3.Config(actor=net("batch"), critic=net("batch"), plan=Plan.parse("TTETT")),
+        {},
+    ),
+    "joint": ("crossq", crossq.Config(actor=net("batch"), critic=net("batch")), {}),
+    "apart": (
+        "crossq",
+        crossq.Config(actor=net("batch"), critic=net("batch"), plan=Plan.parse("TEETE")),
+        {},
+    ),
     "skipped": ("td3", td3.Config(actor=net("batch"), plan=Plan.parse("BTETTE")), {}),
     "batch": ("td3", td3.Config(actor=net("batch"), plan=Plan.parse("TTETTE")), {}),
     "reinforce": ("reinforce", reinforce.Config(actor=net("batch", "pre+post")), {}),
@@ -330,6 +346,32 @@ def test_a_subject_s_networks_are_the_lab_s(folder, name):
         np.testing.assert_allclose(data.reward, 1 / np.asarray(scale), rtol=1e-6)
     else:
         assert data.reward.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "blind", "target", "joint"),
+    [
+        ("sb3-td3", "fail", "pass", "not_applicable"),  # TETTE
+        ("seeing", "pass", "pass", "not_applicable"),  # TEETE
+        ("ma-bn", "pass", "review", "not_applicable"),  # TTETT
+        ("joint", "pass", "not_applicable", "pass"),  # TEEJJ, as CrossQ trains
+        ("apart", "pass", "not_applicable", "fail"),  # TEETE without a target network
+    ],
+)
+def test_an_audit_of_a_run_goes_by_the_plan_that_it_trained_under(
+    folder, name, blind, target, joint
+):
+    run = read_run(folder(name))
+    obs = observations(OBS)
+    action = np.random.default_rng(2).uniform(-1, 1, (64, ACTION)).astype(np.float32)
+    transitions = {"obs": obs, "action": action, "reward": np.linspace(0, 1, 64), "next_obs": obs}
+    transitions["terminated"] = np.zeros(64)
+    subject = export.to_subject(run, 5, obs, transitions=transitions)
+    found = rules.audit(subject, only=["BP303", "BP304", "BP307"]).outcomes
+    statuses = [str(found[code].status.value) for code in ("BP304", "BP303", "BP307")]
+    assert statuses == [blind, target, joint]
+    if blind == "fail":
+        assert "train it with the mode plan TEETE" in found["BP304"].findings[0].message
 
 
 def test_damaged_runs_and_files_are_refused(folder, tmp_path):

@@ -923,5 +923,6 @@ def to_subject(
         targets={role: role.removesuffix("_target") for role in networks if "_target" in role},
         name=name,
         gamma=float(run.config["gamma"]),
+        plan=lambda: str(run.plan),
         **more,
     )

@@ -51,11 +51,18 @@ def slot_name(slot: Slot) -> str:
     return f"slot {int(slot)} {slot.name.lower()}"
 
 
+def plan_of(exam: Examination) -> str:
+    """The plan of a traced update; without an update the one that was chosen; '' where neither."""
+    subject = exam.subject
+    if subject.update is not None:
+        return exam.trace.plan
+    return (subject.plan() or "") if subject.plan is not None else ""
+
+
 def letter(exam: Examination, slot: Slot) -> str:
-    """The mode of a slot in the traced plan, '' where there is no update or no plan."""
-    if exam.subject.update is None or not exam.trace.plan:
-        return ""
-    return exam.trace.plan[-5:][int(slot) - 1]
+    """The mode of a slot in `plan_of`, '' where there is no plan."""
+    plan = plan_of(exam)
+    return plan[-5:][int(slot) - 1] if plan else ""
 
 
 def of_targets(exam: Examination) -> dict[str, list[LayerFacts]]:
@@ -373,8 +380,8 @@ def synced_in_part(exam: Examination) -> Outcome:
     detected=(
         "With an update: a layer of a target network ran in mode T or S (slot 2 or 5). A joint "
         "pass J is meant and is left alone. Without: a layer of a target network is in train mode "
-        "and couples rows there. Review where a mode plan asks for it (`set_modes`): then it is "
-        "meant."
+        "and couples rows there; of a run of the lab its plan says it. Review where a mode plan "
+        "asks for it (`set_modes`, `--modes`): then it is meant."
     ),
     why=(
         "The TD target of one transition then depends on the others of the batch, the target's "
@@ -404,7 +411,11 @@ def target_in_train(exam: Examination) -> Outcome:
     doubtful = False
     for target in targets:
         own = [f for f in layers if f.role == target]
-        if exam.subject.update is None:
+        slot = Slot.TARGET_ACTION if target.startswith("actor") else Slot.TARGET_Q
+        if exam.subject.update is None and letter(exam, slot):
+            wrong = own if letter(exam, slot) in BY_BATCH else []
+            how, site = "in training", slot_name(slot)
+        elif exam.subject.update is None:
             wrong = [f for f in own if f.call.module.training]
             how, site = "as it was handed over", _slot_of(target)
         else:
@@ -414,7 +425,7 @@ def target_in_train(exam: Examination) -> Outcome:
             site = f"slot {hit[0].label}" if hit else ""
         if not wrong:
             continue
-        meant = _chosen(exam, Slot.TARGET_ACTION if target.startswith("actor") else Slot.TARGET_Q)
+        meant = _chosen(exam, slot)
         doubtful |= not meant
         gap = max(f.mode_gap for f in wrong)
         worst = max(wrong, key=lambda f: f.mode_gap)
@@ -482,8 +493,9 @@ NO_COMMON_MODE = 1e-9  # of kappa in float64, where rounding is near 1e-15
     detected=(
         "kappa = |sum_i dQbar/da_i| / sum_i |dQbar/da_i|, averaged over action dimensions, in "
         "float64, at pi(s) + 0.1 n with normal n (at equal actions it is 0/0). A failure where "
-        "kappa <= 1e-9, slot 3 of a real update ran in T, and there is a gradient in eval mode; "
-        "review where no update could be traced. Passed for E, S and M in slot 3."
+        "kappa <= 1e-9, slot 3 of a real update, or of the plan of a run of the lab, is T, and "
+        "there is a gradient in eval mode; review where neither is known. Passed for E, S and M in "
+        "slot 3."
     ),
     why=(
         "Batch norm in train mode subtracts the batch's mean: if every action moves by the same "
@@ -494,8 +506,8 @@ NO_COMMON_MODE = 1e-9  # of kappa in float64, where rounding is near 1e-15
     ),
     mend=(
         "Run the critic with running statistics in the actor's loss: `batchproof.sb3.set_modes("
-        'model, "TEETE")` for TD3, the traced plan with E in slot 3. In your own loop: '
-        "`critic.eval()` around the actor's loss."
+        'model, "TEETE")` for TD3, the traced plan with E in slot 3. In the lab: `--modes TEETE`. '
+        "In your own loop: `critic.eval()` around the actor's loss."
     ),
     fix="set-modes",
     safe=False,
@@ -525,6 +537,8 @@ def blind_critic(exam: Examination) -> Outcome:
     if traced and not by_batch:
         used = ", ".join(dict.fromkeys(c.mode for c in traced))
         return passed(f"slot 3 runs in mode {used}")
+    if not traced and mode and mode not in "Tt":
+        return passed(f"slot 3 runs in mode {mode}")
     obs, action = _policy_batch(exam)
     only_first = _first_critic_alone(exam)
     blind = _shown(subject, obs, action, True, only_first)
@@ -536,11 +550,12 @@ def blind_critic(exam: Examination) -> Outcome:
     paths = [c.layer for c in by_batch] or [f.path for f in layers if f.couples_train]
     candidates = [f for f in layers if f.path in paths and f.couples_train] or layers
     first = _first_after_action(subject, candidates, obs, action)
-    plan = exam.trace.plan if mode else ""
+    plan = plan_of(exam)
     cure = plan[:-3] + "E" + plan[-2:] if plan else "TEETE"
+    certain = bool(by_batch) or (subject.update is None and bool(mode))
     scale = reward_scale(subject)
     share = f" ({seeing.slope / scale:.0%} of the reward scale)" if scale > 0 else ""
-    if by_batch:
+    if certain:
         where = f"{slot_name(Slot.POLICY_Q)}, the critic on (s, pi(s)) in the actor's loss,"
         doubt = ""
     else:
@@ -552,6 +567,8 @@ def blind_critic(exam: Examination) -> Outcome:
         + (
             f'batchproof.sb3.set_modes(model, "{cure}") cures it'
             if subject.model is not None
+            else f"train it with the mode plan {cure}"
+            if plan
             else "run the critic in eval mode there"
         )
     )
@@ -568,7 +585,7 @@ def blind_critic(exam: Examination) -> Outcome:
             f"{blind.slope:.1g}"
         ),
     )
-    return failed(finding) if by_batch else review(finding)
+    return failed(finding) if certain else review(finding)
 
 
 def critic_roles(exam: Examination) -> set[str]:
@@ -985,8 +1002,8 @@ def _distance(
     ),
     detected=(
         "No target critic, a critic layer that couples rows and keeps running statistics, and in a "
-        "traced update slot 4 in T or S while slot 5 is not J. Review where no update could be "
-        "traced. Slots 4 and 5 both in E pass."
+        "traced update, or the plan of a run of the lab, slot 4 in T or S while slot 5 is not J. "
+        "Review where neither is known. Slots 4 and 5 both in E pass."
     ),
     why=(
         "Q(s, a) and the target Q(s', a') are then normalized by different statistics, and without "
