@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 
 
+def _minutes(record: dict[str, Any]) -> str:
+    minutes = round(record["wall_s"] / 60)
+    return f"{minutes} minute{'' if minutes == 1 else 's'}"
+
+
 def _cores(machine: dict[str, Any]) -> str:
     return f"{machine['cores']} core" + ("" if machine["cores"] == 1 else "s")
 
@@ -37,7 +42,7 @@ def verdicts() -> str:
     ]
     return "\n".join(lines) + (
         f"\n\n{study['seeds']} seeds, {study['steps']} steps, `{study['command']}`, "
-        f"{study['wall_s'] / 60:.0f} minutes on {_cores(study['machine'])} "
+        f"{_minutes(study)} on {_cores(study['machine'])} "
         f"({study['machine']['processor']}). Brackets are 95 % intervals of the mean."
     )
 
@@ -108,7 +113,7 @@ def _benchmark(name: str) -> str:
     return (
         path.read_text(encoding="utf-8").strip()
         + f"\n\n{machine['processor']}, {_cores(machine)}, {_rounds(record)}"
-        f"{record['wall_s'] / 60:.0f} minutes.{_gemm(record)}"
+        f"{_minutes(record)}.{_gemm(record)}"
     )
 
 
@@ -161,7 +166,7 @@ def healthy() -> str:
     return (
         f"False alarms on {alarms} of {len(rows)} healthy policies.\n\n"
         + "\n".join(lines)
-        + f"\n\n`{record['command']}`, {record['wall_s'] / 60:.0f} minutes."
+        + f"\n\n`{record['command']}`, {_minutes(record)}."
     )
 
 
@@ -239,7 +244,7 @@ def maddpg_verdicts() -> str:
         for c in study["claims"]
     ]
     return "\n".join(lines) + (
-        f"\n\n{study['seeds']} seeds, `{study['command']}`, {study['wall_s'] / 60:.0f} minutes on "
+        f"\n\n{study['seeds']} seeds, `{study['command']}`, {_minutes(study)} on "
         "2 cores. Brackets are 95 % intervals of the mean."
     )
 
@@ -278,7 +283,7 @@ def _predicted_verdicts(name: str) -> str:
         for c in study["claims"]
     ]
     return "\n".join(lines) + (
-        f"\n\n`{study['command']}`, {study['seeds']} seeds, {study['wall_s'] / 60:.0f} minutes on "
+        f"\n\n`{study['command']}`, {study['seeds']} seeds, {_minutes(study)} on "
         f"{_cores(study['machine'])} ({study['machine']['processor']})."
     )
 
@@ -362,7 +367,7 @@ def _study_verdicts(name: str) -> str:
         for c in study["claims"]
     ]
     return "\n".join(lines) + (
-        f"\n\n{study['seeds']} seeds, `{study['command']}`, {study['wall_s'] / 60:.0f} minutes on "
+        f"\n\n{study['seeds']} seeds, `{study['command']}`, {_minutes(study)} on "
         f"{_cores(study['machine'])} ({study['machine']['processor']}), shared with other "
         "work. Brackets are 95 % intervals over seeds."
     )

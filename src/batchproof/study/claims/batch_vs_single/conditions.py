@@ -40,7 +40,7 @@ SEEN = 100.0  # a gap is one of normalization, not rounding, above this many tim
 EXPONENT = (-0.6, -0.4)  # "about 1 / sqrt(N)"
 REMOVED, KEPT = 0.1, 0.5  # SyncBN removed the gap, or left it: share of the gap without it
 WRONG_TD = 0.1  # measurable: share of the TD error's own size
-# Classes of a return on Pendulum-v1, for predictions: about -150 is the best, -1200 is hanging.
+# Classes of a return on Pendulum-v1, for predictions: about -150 is the best, -1200 is random.
 LEARNED, FAILED = -250.0, -700.0
 
 
