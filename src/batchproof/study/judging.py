@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from batchproof.study.statistics import Interval
 
 FEWEST_SEEDS = 5  # fewer give no verdict
@@ -29,6 +31,17 @@ class Finding(NamedTuple):
     def open(self, why: str) -> Finding:
         """The same without a verdict, and why."""
         return Finding("inconclusive", self.interval, f"{self.why} {why}".lstrip())
+
+
+def outcome_class(value: float, solved: float, failed: float) -> str:
+    """``solved`` from ``solved`` up, ``failed`` below ``failed``, ``partly`` between."""
+    return "solved" if value >= solved else "failed" if value < failed else "partly"
+
+
+def missed(predicted: float, scores: np.ndarray, solved: float, failed: float) -> bool:
+    """A prediction missed when it named another class than the mean of the seeds."""
+    mean = float(scores.mean())
+    return outcome_class(predicted, solved, failed) != outcome_class(mean, solved, failed)
 
 
 def not_run(needs: Sequence[str]) -> Finding:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from batchproof.study.judging import (
     FEWEST_SEEDS,
     Finding,
     Judge,
+    missed,
     verdict_above,
     verdict_below,
 )
@@ -341,14 +343,7 @@ def _norm_words(condition: Condition) -> str:
     return ", ".join(parts + [f"{name} {value}" for name, value in condition.overrides])
 
 
-def outcome_class(mean: float) -> str:
-    """``solved`` from `SOLVED` up, ``failed`` below `FAILED`, ``partly`` between."""
-    return "solved" if mean >= SOLVED else "failed" if mean < FAILED else "partly"
-
-
-def _missed(predicted: float, returns: np.ndarray) -> bool:
-    """A prediction missed when it named another class than the mean of the seeds."""
-    return outcome_class(predicted) != outcome_class(float(returns.mean()))
+_missed = partial(missed, solved=SOLVED, failed=FAILED)
 
 
 def judge(outcome: _Outcome) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from batchproof.lab.training import NOT_DIVERGED, Training
 from batchproof.modes import E, Plan, Slot
 from batchproof.study import plots, report
 from batchproof.study.conditions import Outcome, choose, write_outcome
-from batchproof.study.judging import Finding, Judge, verdict_above, verdict_below, words
+from batchproof.study.judging import Finding, Judge, missed, verdict_above, verdict_below, words
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
 
 NAME = "crossq-joint"
@@ -420,14 +421,7 @@ def describe(outcome: Outcome[Condition], biases: Biases) -> list[dict[str, Any]
     return rows
 
 
-def outcome_class(value: float) -> str:
-    """``solved`` from `SOLVED` up, ``failed`` below `FAILED`, ``partly`` between."""
-    return "solved" if value >= SOLVED else "failed" if value < FAILED else "partly"
-
-
-def _missed(predicted: float, scores: np.ndarray) -> bool:
-    """A prediction missed when it named another class than the mean of the seeds."""
-    return outcome_class(predicted) != outcome_class(float(scores.mean()))
+_missed = partial(missed, solved=SOLVED, failed=FAILED)
 
 
 def judge(outcome: Outcome[Condition], biases: Biases) -> list[dict[str, Any]]:

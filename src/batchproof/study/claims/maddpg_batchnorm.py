@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
 from batchproof.study.conditions import choose
-from batchproof.study.judging import Finding, Judge, verdict_above, verdict_below
+from batchproof.study.judging import Finding, Judge, missed, verdict_above, verdict_below
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
 from batchproof.study.study import Cell, run_cells, write_study
 
@@ -336,14 +337,7 @@ def _norm_words(condition: Condition) -> str:
     return ", ".join(parts) or "none"
 
 
-def outcome_class(score: float) -> str:
-    """``solved`` from `SOLVED` up, ``failed`` below `FAILED`, ``partly`` between."""
-    return "solved" if score >= SOLVED else "failed" if score < FAILED else "partly"
-
-
-def _missed(predicted: float, scores: np.ndarray) -> bool:
-    """A prediction missed when it named another class than the mean of the seeds."""
-    return outcome_class(predicted) != outcome_class(float(scores.mean()))
+_missed = partial(missed, solved=SOLVED, failed=FAILED)
 
 
 def judge(outcome: _Outcome) -> list[dict[str, Any]]:

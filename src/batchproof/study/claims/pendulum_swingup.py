@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.study import plots, report
 from batchproof.study.conditions import Outcome, choose, write_outcome
-from batchproof.study.judging import Finding, Judge, verdict_above, words
+from batchproof.study.judging import Finding, Judge, missed, verdict_above, words
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
 from batchproof.study.study import Cell, run_cells
 
@@ -232,14 +233,7 @@ def describe(outcome: Outcome[Condition]) -> list[dict[str, Any]]:
     return rows
 
 
-def outcome_class(value: float) -> str:
-    """``solved`` from `SOLVED` up, ``failed`` below `FAILED`, ``partly`` between."""
-    return "solved" if value >= SOLVED else "failed" if value < FAILED else "partly"
-
-
-def _missed(predicted: float, scores: np.ndarray) -> bool:
-    """A prediction missed when it named another class than the mean of the seeds."""
-    return outcome_class(predicted) != outcome_class(float(scores.mean()))
+_missed = partial(missed, solved=SOLVED, failed=FAILED)
 
 
 def judge(outcome: Outcome[Condition]) -> list[dict[str, Any]]:
