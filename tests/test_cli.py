@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 import batchproof.study
-from batchproof.cli import main
+from batchproof.cli import main, parser
 
 ENV = "batchproof/ConstantReward-v0"
 TINY = shlex.split(
@@ -56,7 +56,7 @@ MISTAKES = {
     "too large a seed": ([*TRAIN, "--seeds", "4294967296,"], "2**32"),
     "hidden abc": ([*TRAIN, "--hidden", "abc"], "'abc' is not a list of positive widths"),
     "hidden 16,0": ([*TRAIN, "--hidden", "16,0"], "'16,0'"),
-    "empty out": ([*TRAIN[:-1], ""], "--out: must name a folder"),
+    "empty out": ([*TRAIN[:-1], ""], "must name a folder, got nothing"),
     "option without value": ([*TRAIN, "--env-option", "ending"], "KEY=VALUE"),
     "option twice": ([*TRAIN, *["--env-option", "g=1"] * 2], "g is given twice"),
     "momentum without a norm": (
@@ -159,6 +159,68 @@ json.dump(found, sys.stderr)
     )
     found = json.loads(done.stderr.splitlines()[-1])
     assert found == {name: [2 if name in MISTAKES else 0, []] for name in commands}
+
+
+COMMANDS = {
+    "train": (["td3", "--env", ENV], "--out"),
+    "compare": ([], "--out"),
+    "study": ([], "--out"),
+    "report": (["run"], "--out"),
+    "audit": (["model.zip"], "--output"),
+    "trace": (["model.zip"], "--output"),
+    "fix": (["model.zip"], "-o"),
+    "export": (["run", "--format", "torch"], "-o"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_is_named_alike_in_every_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest, documented = COMMANDS[command]
+    for spelling in ("-o", "--output", "--out"):
+        args = parser().parse_args([command, *rest, spelling, "there"])
+        assert Path("there") in vars(args).values()
+    assert main([command, "--help"]) == 0
+    usage, _, options = capsys.readouterr().out.partition("options:")
+    assert f"{documented} " in usage
+    assert options.split(f"  {documented} ")[1].lstrip().startswith(("DIR, -", "FILE, -", "OUT, -"))
+
+
+def test_a_comparison_of_one_is_told_in_the_singular(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "--algo", "td3", "--env", ENV, "--seeds", "3,", "--list"]
+    for spelling in ("-o", "--output", "--out"):
+        assert main([*words, spelling, str(tmp_path / "out")]) == 0
+        assert f"1 condition on {ENV}: 1 cell of 1 seed" in capsys.readouterr().out.splitlines()
+    (tmp_path / "one.toml").write_text(f'algo = "td3"\nenv = "{ENV}"\nout = "x"\nseeds = [3]\n')
+    assert main(["compare", str(tmp_path / "one.toml"), "--list"]) == 0
+    assert "1 cell of 1 seed" in capsys.readouterr().out
+
+
+def test_a_report_never_takes_the_place_of_a_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("{}")
+    for out, part in (
+        ("run/run.json", "a run's own record"),
+        ("run/metrics.parquet", "a run's own record"),
+        ("compare.json", "a run's own record"),
+        ("run/checkpoint/page.html", "a run's own record"),
+        ("run", "run is a folder: name a file"),
+    ):
+        assert part in complaint(capsys, "report", "run", "--out", out)
+    assert (tmp_path / "run/run.json").read_text() == "{}"
+
+
+def test_code_that_ends_python_ends_no_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("batchproof.cli.modes.run", lambda args, command: sys.exit(0))
+    assert "ended Python (sys.exit(0))" in complaint(capsys, "modes")
 
 
 def test_the_names_repeated_for_speed_are_the_library_s() -> None:

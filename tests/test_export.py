@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +20,21 @@ import numpy as np
 import pytest
 import torch
 
-from batchproof import cli, export, records
+from batchproof import cli, export, records, run_record
 from batchproof.clinic import rules
 from batchproof.errors import BatchproofError
 from batchproof.export import LabRun, read_run
 from batchproof.lab import checkpoint, load, nets, obs_norm
-from batchproof.lab.agents import crossq, ddpg, maddpg, reinforce, sac, td3, xqc
+from batchproof.lab.agents import AGENTS, crossq, ddpg, maddpg, reinforce, sac, td3, xqc
 from batchproof.lab.envs.layout import Layout
 from batchproof.lab.nets import MLP
 from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import E, Plan
+from batchproof.report import data
 
 OBS, ACTION, SEEDS = 3, 1, (7, 5)  # Pendulum's sizes
+DROPPED = object()
 TEAM = Layout(("left", "right", "far"), (2, 3, 2), (1, 2, 1), "sum")
 ALIKE = Layout(("left", "right"), (2, 2), (1, 1), "sum")
 
@@ -389,6 +395,122 @@ def test_damaged_runs_and_files_are_refused(folder, tmp_path):
         export.load_torch(tmp_path / "actor.safetensors")
 
 
+def every_change(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where JSON objects and lists below ``value`` hold something, and what may stand there."""
+    held = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in held:
+        yield from ((*at, key, new) for new in (DROPPED, None, [], "x"))
+        if isinstance(item, dict | list):
+            yield from every_change(item, (*at, key))
+
+
+def changed(record: Any, *at: Any) -> Any:
+    """A copy of a record with one thing in it dropped, or replaced by another."""
+    record = copy.deepcopy(record)
+    *path, key, new = at
+    part = record
+    for name in path:
+        part = part[name]
+    if new is DROPPED:
+        del part[key]
+    else:
+        part[key] = new
+    return record
+
+
+def put(run: Path, record: Any) -> None:
+    (run / "run.json").write_text(json.dumps(record))  # without a checksum, as versions before
+
+
+@pytest.mark.parametrize(("name", "below"), [("sb3-td3", ()), ("team", ("spaces",))])
+def test_a_record_that_was_changed_gives_no_traceback(name, below, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, team = Path("run"), RUNS[name][2].get("layout")
+    run.mkdir()
+    write_run(run, name)
+    rows = {"seed": list(SEEDS), "step": [10, 10], "return": [1.0, 2.0]}
+    records.write_columns(run / "metrics.parquet", rows)
+    obs, agent = observations(7 if team else OBS, 4), "left" if team else None
+    whole = records.read_json(run / "run.json") | {"command": "batchproof", "wall_s": 1.0}
+    refused = []
+
+    def tried(do: Any) -> None:
+        try:
+            do()
+        except BatchproofError as error:
+            refused.append(str(error))
+
+    def exported() -> None:
+        lab = read_run(run)
+        seed = lab.training["seeds"][0]
+        limits = export.env_bounds(lab, seed) if agent is None else None
+        export.write(lab, seed, "torch", Path("a.safetensors"), agent=agent, bounds=limits)
+
+    def examined() -> None:
+        lab = read_run(run)
+        subject = export.to_subject(lab, lab.training["seeds"][0], obs, agent=agent)
+        assert subject.policy(subject.obs).isfinite().all()
+
+    def reported() -> None:
+        assert data.read([run])
+
+    for do in (exported, examined, reported):
+        put(run, whole)
+        do()
+    part = reduce(getitem, below, whole)
+    for at in every_change(part, below):
+        put(run, changed(whole, *at))
+        for do in (exported, examined, reported, lambda: load.load_run(run)):
+            tried(do)
+    assert len(refused) > 100
+    assert not any("\n" in line for line in refused)
+    assert sum("run.json: not the record of a run of this version" in line for line in refused) > (
+        0.8 * len(refused)
+    )
+
+
+@pytest.mark.parametrize(
+    ("at", "part"),
+    [
+        (("training", "seeds", []), "seeds is empty"),
+        (("training", "seeds", [7, 5, 3]), "3 seeds, and fewer in the checkpoint"),
+        (("training", "config", "actor", "norm", "eps", DROPPED), "it has no eps"),
+        (("training", "config", "actor", "hidden", [8]), "hidden layers of the actor that"),
+        (("training", "config", "plan", "TEXTE"), "unknown mode plan 'TEXTE'"),
+        (("training", "normalize_obs", True), "no statistics for it"),
+        (("training", "algo", "ppo"), "unknown algorithm ppo"),
+        (("training", "env_options", [{}]), "env_options has 1 entries for 2 seeds"),
+        (("spaces", "obs_size", "3"), "obs_size is not a whole number"),
+        (("devices", 0), "devices is not a positive whole number"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_told_by_every_command(at, part, tmp_path, say):
+    write_run(tmp_path, "sb3-td3")
+    np.save(tmp_path / "obs.npy", observations(OBS))
+    put(tmp_path, changed(records.read_json(tmp_path / "run.json"), *at))
+    torch_file = ("--format", "torch", "-o", tmp_path / "a.safetensors", "--no-proof")
+    for words in (("export", tmp_path, *torch_file), ("audit", tmp_path)):
+        code, out, err = say(*words, *(["--obs", tmp_path / "obs.npy"] * (words[0] == "audit")))
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"{tmp_path / 'run.json'}: not the record of a run of this version" in err
+        assert part in err
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_the_settings_that_a_record_may_hold_are_the_library_s():
+    assert tuple(AGENTS) == export.ALGORITHMS
+    kinds = {"str": "text", "Plan": "text", "int": "a whole number", "bool": "true or false"}
+    kinds |= {"float": "a number", "tuple[int, ...]": "a list of whole numbers"}
+    kinds |= {"MLP": "an object", "Norm": "an object"}
+    for kind in (Training, MLP, Norm, *(agent.Config for agent in AGENTS.values())):
+        for field in fields(kind):
+            if field.type == "Any" or not field.metadata.get("record", True):
+                continue
+            name, _, null = field.type.partition(" | ")
+            assert run_record.FORMS[field.name][1].startswith(kinds[name]), field.name
+            assert not null or field.name in run_record.OR_NULL
+
+
 # --- command line ------------------------------------------------------------------------------
 
 
@@ -434,6 +556,31 @@ def test_without_a_proof_jax_is_not_needed(folder, tmp_path):
     done = subprocess.run([sys.executable, "-c", f"{code}sys.exit(cli.main({words!r}))"])
     assert done.returncode == 0
     assert path.exists()
+
+
+def test_an_export_never_takes_the_place_of_a_run_s_own_files(folder, tmp_path, say):
+    run = tmp_path / "run"
+    shutil.copytree(folder("sb3-td3"), run)
+    (arrays,) = (run / "checkpoint").glob("*.safetensors")
+    (tmp_path / "elsewhere").symlink_to(run / "checkpoint")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    words = ("export", run, "--format", "torch", "--no-proof")
+    for out in (arrays, tmp_path / "elsewhere" / "new.safetensors"):
+        code, _, err = say(*words, "-o", out)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "would take the place of a run's own record" in err
+    (tmp_path / "folder.safetensors").mkdir()
+    code, _, err = say(*words, "-o", tmp_path / "folder.safetensors")
+    assert code == 2
+    assert "is a folder: name a file" in err
+    for name in ("run.json", "metrics.parquet"):
+        code, _, err = say("trace", run, "--output", run / name)
+        assert code == 2
+        assert "a run's own record" in err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    mine = tmp_path / "checkpoint"  # a folder of that name that is no run's
+    mine.mkdir()
+    assert say(*words, "-o", mine / "actor.safetensors")[0] == 0
 
 
 def test_trace_and_audit_take_a_run_s_folder(folder, tmp_path, say):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,101 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BatchproofError, match="cannot write to folder"):
         records.make_folder(tmp_path / "file")
+
+
+def test_a_link_that_came_with_a_folder_is_not_written_through(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("precious")
+    folder.mkdir()
+    for name in (".x.json.partial", ".x.json.01234567.partial"):
+        (folder / name).symlink_to(victim)
+    (folder / ".lock").symlink_to(victim)
+    records.write_json(folder / "x.json", {"a": 1})
+    assert not (folder / "x.json").is_symlink()
+    with (
+        pytest.raises(BatchproofError, match=r"\.lock is a symbolic link.*: delete it") as caught,
+        records.locked(folder),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    assert victim.read_text() == "precious"
+
+
+def test_a_lock_keeps_what_is_in_its_file(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("a note")
+    with records.locked(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == "a note"
+
+
+def test_a_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        records.write_json(tmp_path / "x.json", {})
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o640
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from batchproof.records import replacing
+with replacing(Path(sys.argv[1])) as file:
+    file.write(b"half of")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_killed_writers_left_goes_and_a_live_one_s_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    (tmp_path / ".x.json.partial").touch()  # as earlier versions called it
+    (tmp_path / ".other.json.01234567.partial").touch()
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITE, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        records.write_json(path, {"a": 1})
+        (left,) = tmp_path.glob(".x.json*")
+        assert left.name.endswith(".partial")  # the live one's
+        writer.kill()
+        writer.wait()
+    assert left.exists()
+    records.write_json(path, {"a": 2})
+    names = sorted(each.name for each in tmp_path.iterdir())
+    assert names == [".other.json.01234567.partial", "x.json"]
+    assert records.read_json(path) == {"a": 2}
+
+
+def test_a_file_that_another_writer_took_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def flock(file: object, how: int) -> None:
+        if not taken:
+            taken.extend(tmp_path.glob(".x.json.*.partial"))
+            taken[0].unlink()
+
+    monkeypatch.setattr(records.fcntl, "flock", flock)
+    records.write_json(tmp_path / "x.json", {"a": 1})
+    assert taken
+    assert records.read_json(tmp_path / "x.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("path", [".", "/", ".."])
+def test_a_folder_cannot_be_written_as_a_file(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BatchproofError, match=f"cannot write {path}: "):
+        records.write_json(Path(path), 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 TAKE_LOCK = """

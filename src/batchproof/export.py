@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchproof import records
+from batchproof import records, run_record
 from batchproof.clinic.subject import Subject, Transitions
 from batchproof.errors import BatchproofError
 from batchproof.layers import BatchRenorm1d, create_norm
@@ -35,6 +37,8 @@ FORMATS = {"torch": ".safetensors", "onnx": ".onnx", "sb3": ".zip"}
 ROUNDING = 32
 """Times of rounding, as measured against float64, that an export may differ from the lab by."""
 
+ALGORITHMS = ("td3", "sac", "ddpg", "crossq", "xqc", "maddpg", "reinforce")
+HIDDEN = re.compile(r"agent\.(actor|critic)s?(?:\.\d+)?\.params\.linear_(\d+)\.weight")
 SQUASHED = ("sac", "crossq", "xqc")  # actors whose output is mean and log std, (B, 2 A)
 CLIP, NORMALIZER_EPS, REWARD_EPS = 10.0, 1e-8, 1e-8  # as `batchproof.lab.obs_norm` and its xqc
 FILE_FORMAT = "batchproof.actor.1"
@@ -229,17 +233,15 @@ def read_run(folder: Path | str) -> LabRun:
     from safetensors.numpy import load_file
 
     folder = Path(folder)
-    path = folder / "run.json"
-    if not path.is_file():
-        raise BatchproofError(f"{path}: no such file: name the folder of a `batchproof train` run")
-    run = records.read_json(path)
-    if not isinstance(run, dict) or not {"training", "spaces"} <= run.keys():
-        raise BatchproofError(f"{path}: not the record of a run of this version")
+    run = run_record.read(folder)
     state_path = folder / "checkpoint" / "state.json"
     if not state_path.is_file():
         raise BatchproofError(f"{folder}: no checkpoint yet: let the run come further first")
     state = records.read_json(state_path)
-    if not isinstance(state, dict) or not {"arrays", "sha256", "step"} <= state.keys():
+    kinds = {"arrays": str, "sha256": str, "step": int}
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(name), kind) for name, kind in kinds.items()
+    ):
         raise BatchproofError(f"{state_path}: not a checkpoint of this version")
     arrays = folder / "checkpoint" / Path(state["arrays"]).name
     if not arrays.is_file() or records.file_digest(arrays) != state["sha256"]:
@@ -248,8 +250,29 @@ def read_run(folder: Path | str) -> LabRun:
         loaded = load_file(arrays)
     except SafetensorError as error:
         raise BatchproofError(f"{arrays}: not a safetensors file ({error})") from None
+    _check_fit(run, folder / "run.json", loaded)
     # The steps of a run that was not finished keep the agent within what else they carry.
     return LabRun(folder, run["training"], run["spaces"], int(state["step"]), loaded)
+
+
+def _check_fit(run: run_record.Part, path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Raise a `BatchproofError` where the record speaks of other networks than were saved."""
+    training = run["training"]
+    config, count = training["config"], len(training["seeds"])
+    if training["algo"] not in ALGORITHMS:
+        run_record.refuse(path, f"unknown algorithm {training['algo']}")
+    if training.get("normalize_obs") and "obs_moments.mean" not in arrays:
+        run_record.refuse(path, "normalize_obs, and the checkpoint has no statistics for it")
+    held: dict[str, dict[int, int]] = {"actor": {}, "critic": {}}
+    for name, array in arrays.items():
+        if name.startswith("agent.actor") and array.shape[:1] < (count,):
+            run_record.refuse(path, f"{count} seeds, and fewer in the checkpoint")
+        if part := HIDDEN.fullmatch(name):
+            held[part[1]][int(part[2])] = array.shape[-1]
+    for role, widths in held.items():
+        said = config[role]["hidden"] if role in config else None
+        if said is not None and said != [widths[i] for i in sorted(widths)]:
+            run_record.refuse(path, f"hidden layers of the {role} that the checkpoint has not")
 
 
 # --- building ----------------------------------------------------------------------------------
@@ -730,15 +753,17 @@ def _need_onnx() -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to; it takes its place once the block has ended well."""
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    """A name beside ``path`` to write to; it takes its place once the block has ended well.
+
+    It is in a new folder of its own, so that no link in ``path``'s folder is followed.
+    """
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            os.replace(temporary, path)
     except OSError as error:
         raise BatchproofError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write(

@@ -14,6 +14,8 @@ import json
 import math
 import os
 import platform
+import re
+import secrets
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -93,18 +95,52 @@ def _checksum_of_json(value: dict[str, Any]) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that takes the place of ``path`` only once it is whole on disk."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """Open a file for writing that takes the place of ``path`` only once it is whole on disk.
+
+    It is written beside ``path`` under a name that nobody can foresee, and that must not exist: a
+    folder from somebody else may hold links, and none of them is followed.
+    """
+    _clear_leftovers(path)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _temporary_beside(path) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            finally:
+                with suppress(OSError):
+                    os.unlink(file.name)  # where it did not take the place of `path`
     except OSError as error:
-        with suppress(OSError):  # on a read-only file system even where there is no such file
-            temporary.unlink(missing_ok=True)
         raise BatchproofError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _temporary_beside(path: Path) -> IO[bytes]:
+    while True:
+        file = open(path.parent / f".{path.name}.{secrets.token_hex(4)}.partial", "xb")  # noqa: SIM115
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # before it was locked, another writer took it for a leftover
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed writers of ``path`` left; the file of one that lives is locked."""
+    leftover = re.compile(rf"\.{re.escape(path.name)}(\.[0-9a-f]{{8}})?\.partial")
+    with suppress(OSError):
+        for name in filter(leftover.fullmatch, os.listdir(path.parent)):
+            with suppress(OSError):  # a link is not followed, and a locked file is in use
+                _unlink_if_free(path.parent / name)
+
+
+def _unlink_if_free(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
@@ -126,21 +162,29 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; the kernel lets go of it even after ``kill -9``.
 
     Raises:
-        BatchproofError: another process holds it.
+        BatchproofError: another process holds it, or its lock is a link to some other file.
     """
     make_folder(folder)
-    try:
-        file = open(folder / ".lock", "w")  # noqa: SIM115
+    path = folder / ".lock"
+    try:  # the folder may be somebody else's: nothing is followed, and nothing emptied
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
+        if path.is_symlink():
+            raise BatchproofError(
+                f"{path} is a symbolic link, which no run leaves there: delete it and run the "
+                "same command again"
+            ) from None
         raise BatchproofError(f"cannot write to folder {folder}: {error.strerror}") from None
-    with file:
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BatchproofError(
                 f"another process is writing to {folder}: wait for it, or choose another --out"
             ) from None
         yield
+    finally:
+        os.close(descriptor)
 
 
 def file_digest(path: Path) -> str:

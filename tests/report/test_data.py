@@ -243,3 +243,41 @@ def test_a_comparison_whose_record_is_another_s_is_told(tmp_path, training, writ
     write_json(folder / "compare.json", {"cells": 3})
     with pytest.raises(BatchproofError, match="not the record of a comparison"):
         data.read([folder])
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"training": None}, "not a run record"),
+        ({"seeds": [[0], [1]]}, "seeds is not a list of whole numbers"),
+        ({"seeds": "01"}, "seeds is not a list of whole numbers"),
+        ({"env_options": "x"}, "env_options is not an object"),
+        ({"env_options": [None, None]}, "env_options is not an object"),
+        ({"config": {"actor": {"norm": {"kind": ["batch"]}}}}, "kind is not text"),
+        ({"wall_s": "long"}, 'wall_s cannot be "long"'),
+        ({"status": ["finished"]}, 'status cannot be \\["finished"\\]'),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_told(tmp_path, training, write_run, change, part):
+    folder = write_run(tmp_path / "a", training())
+    run = json.loads((folder / "run.json").read_text())
+    of_run = change.keys() <= {"training", "wall_s", "status"}
+    run = run | change if of_run else run | {"training": run["training"] | change}
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(BatchproofError, match=part) as caught:
+        data.read([folder])
+    assert str(folder / "run.json") in str(caught.value)
+
+
+def test_a_study_s_time_must_be_one(tmp_path):
+    rows = [{"name": "a", "wall_s": "long"}]
+    folder = write_study(
+        tmp_path / "s",
+        STUDY | {"conditions": rows},
+        condition=["a"],
+        seed=[0],
+        step=[5],
+        **{"return": [1.0]},
+    )
+    with pytest.raises(BatchproofError, match='wall_s cannot be "long"'):
+        data.read([folder])

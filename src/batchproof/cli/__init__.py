@@ -65,7 +65,13 @@ def _run(words: list[str]) -> int:
         args = parser().parse_args(words)
     except SystemExit as done:  # --help and --version, which have printed what they had to say
         return int(done.code or 0)
-    return args.run(args, shlex.join(["batchproof", *words]))
+    try:
+        return args.run(args, shlex.join(["batchproof", *words]))
+    except SystemExit as done:  # a factory, a trusted file, an environment: none may end an audit
+        raise BatchproofError(
+            f"code that was loaded ended Python (sys.exit({done.code!r})) before the command was "
+            "done: take that call out of it"
+        ) from done
 
 
 def run() -> NoReturn:

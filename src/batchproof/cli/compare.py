@@ -75,7 +75,8 @@ def add_to(commands: Any) -> None:
     add("--baseline", metavar="NAME", help=help_)
     help_ = "stop in time, at an evaluation, with what is known: such as 30m or 2h"
     add("--budget", type=words.duration, metavar="TIME", help=help_)
-    add("--out", type=words.folder, metavar="DIR", help="the comparison's folder")
+    names = words.output("--out")
+    add(*names, type=words.folder, metavar="DIR", help="the comparison's folder")
     help_ = "train on a Ray cluster, all of whose nodes see DIR: ray or ray:HOST:PORT [here]"
     add("--on", type=words.cluster, metavar="PLACE", help=help_)
     add("--list", action="store_true", help="show what would be trained, and train nothing")
@@ -85,9 +86,9 @@ def add_to(commands: Any) -> None:
     of_train = _alone(train.add_to, "train")
     shared = _option_names(of_train, (*COMPARED, *COMPARE_OWN))
     for action in of_train._actions:
-        name = action.option_strings[-1] if action.option_strings else ""
-        if name[2:] not in shared:
+        if not action.option_strings or _name(action) not in shared:
             continue
+        name = f"--{_name(action)}"
         if action.nargs == 0:
             group.add_argument(name, action="store_true", help=action.help)
             continue
@@ -149,7 +150,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     failed = [cell for cell in record["cells"] if cell["state"] == "failed"]
     if failed:
         first = next(p["error"] for p in failed[0]["populations"] if p["error"])
-        count = f"{len(failed)} of {len(record['cells'])} cells failed"
+        count = f"{len(failed)} of {words.count(len(record['cells']), 'cell')} failed"
         raise BatchproofError(f"{count}, the first with: {first}")
     return 0
 
@@ -163,9 +164,14 @@ def _alone(add: Callable[[Any], None], name: str) -> argparse.ArgumentParser:
 
 def _option_names(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> dict[str, bool]:
     """Options of a parser; True for those without a value."""
-    found = {action.option_strings[-1][2:]: action.nargs == 0
+    found = {_name(action): action.nargs == 0
              for action in parser._actions if action.option_strings}  # fmt: skip
     return {name: flag for name, flag in found.items() if name not in ("help", *without)}
+
+
+def _name(action: argparse.Action) -> str:
+    """An option without its dashes; of several spellings that which names its value."""
+    return action.dest.replace("_", "-")
 
 
 def _shared(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterator[tuple[str, ...]]:

@@ -32,7 +32,8 @@ def add_to(commands: Any) -> None:
     kind = words.one_of("format", tuple(EXPORTS))
     add("--format", required=True, type=kind, metavar="F", help=words.either(EXPORTS))
     ends = ", ".join(f"{ending} ({name})" for name, ending in EXPORTS.items())
-    add("-o", "--output", required=True, type=words.file, metavar="FILE", help=ends)
+    names = words.output("-o", "--output")
+    add(*names, required=True, type=words.file, metavar="FILE", help=ends)
     help_ = "put batch norms into the linear layers beside them"
     add("--fold", action="store_true", help=help_)
     help_ = "give actions in [-1, 1] and not in the environment's units"
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         raise BatchproofError(f"-o {out}: --format {kind} writes a {ending} file: {out}{ending}")
     if not out.absolute().parent.is_dir():
         raise BatchproofError(f"{out}: its folder does not exist: make it first")
+    words.check_output(out, args.obs)
     if kind == "sb3":
         for option in ("fold", "unscaled"):
             if getattr(args, option):

@@ -27,8 +27,8 @@ def add_to(commands: Any) -> None:
     add = parser.add_argument
     help_ = "a folder of `batchproof train` or `batchproof study`, or a folder of runs"
     add("runs", nargs="+", type=words.folder, metavar="RUN", help=help_)
-    help_ = "the HTML file [report.html]"
-    add("--out", type=words.file, default=Path("report.html"), metavar="FILE", help=help_)
+    names, help_ = words.output("--out"), "the HTML file [report.html]"
+    add(*names, type=words.file, default=Path("report.html"), metavar="FILE", help=help_)
     help_ = "return that `steps to a threshold` asks for [the median of what conditions reach]"
     add("--threshold", type=words.real("a finite number", -math.inf), metavar="RETURN", help=help_)
 
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     for run in args.runs:
         if not run.is_dir():
             raise BatchproofError(f"{run}: no such folder: name a run's or a study's")
+    words.check_output(args.out)
     from batchproof import report
 
     for paragraph in report.write(args.runs, args.out, args.threshold):

@@ -28,7 +28,8 @@ def add_to(commands: Any) -> None:
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="which study")
     add("--list", action="store_true", help="list the studies")
-    add("--out", type=words.folder, metavar="DIR", help="the study's folder")
+    names = words.output("--out")
+    add(*names, type=words.folder, metavar="DIR", help="the study's folder")
     add("--seeds", type=words.whole(1), metavar="N", help="seeds 0 to N-1 of each condition")
     add("--steps", type=words.whole(1), metavar="N", help="environment steps of each seed")
     add("--quick", action="store_true", help="a small version that ends in minutes")

@@ -47,7 +47,8 @@ def add_to(commands: Any) -> None:
     )
     help_ = "a Gymnasium id with continuous actions; for maddpg batchproof/Rally-v0 or mpe2/NAME"
     add("--env", required=True, metavar="ID", help=help_)
-    add("--out", required=True, type=words.folder, metavar="DIR", help="the run's folder")
+    names, help_ = words.output("--out"), "the run's folder"
+    add(*names, required=True, type=words.folder, metavar="DIR", help=help_)
 
     add = parser.add_argument_group("normalization").add_argument
     kind, place = words.one_of("norm", words.NORMS), words.placement

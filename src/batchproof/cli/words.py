@@ -37,6 +37,8 @@ TARGET_STATS = ("copy", "polyak", "stale")
 ENDINGS = ("terminated", "truncated", "both")
 LETTERS = "TESJMB"
 MAX_SEEDS = 10_000
+OUTPUT = ("-o", "--output", "--out")  # one option in every command, however it is written
+OF_A_RUN = ("run.json", "metrics.parquet", "compare.json", "study.json", ".lock")
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,6 +117,45 @@ def folder(text: str) -> Path:
     if not text:  # an unset shell variable, which must not mean the current folder
         raise argparse.ArgumentTypeError("must name a folder, got nothing")
     return Path(text)
+
+
+def output(*shown: str) -> tuple[str, ...]:
+    """The spellings of a command's output option, with those that its help shows first in front."""
+    return (*shown, *(name for name in OUTPUT if name not in shown))
+
+
+def check_output(out: Path | None, *inputs: Path | None) -> None:
+    """Raise a `BatchproofError` for a file to write that would take the place of one that counts.
+
+    Args:
+        out: the file; None is standard output.
+        inputs: what the command reads. None and files that are not there are passed over.
+    """
+    if out is None:
+        return
+    if out.is_dir():
+        raise BatchproofError(f"{out} is a folder: name a file to write")
+    if out.exists() and not out.is_file():
+        raise BatchproofError(f"{out} is a device or a pipe: name a file to write")
+    for one in inputs:
+        if one is not None and one.exists() and out.exists() and out.samefile(one):
+            raise BatchproofError(
+                f"{out} is what this command reads, which is never overwritten: name another file"
+            )
+    if out.name in OF_A_RUN or _is_in_a_checkpoint(out):
+        raise BatchproofError(
+            f"{out} would take the place of a run's own record: name another file"
+        )
+
+
+def _is_in_a_checkpoint(path: Path) -> bool:
+    """Whether a file lies where a run keeps its agents, also by way of a link."""
+    folder = path.parent.resolve()
+    return any(
+        each.name == "checkpoint"
+        and ((each / "state.json").exists() or (each.parent / "run.json").exists())
+        for each in (folder, *folder.parents)
+    )
 
 
 def whole(least: int) -> Callable[[str], int]:

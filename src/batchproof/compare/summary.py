@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from batchproof import records
 from batchproof.compare.conditions import Condition, Grid, Spec, heads, listed
 from batchproof.compare.populations import Cell, cell_state
-from batchproof.compare.table import aligned
+from batchproof.compare.table import aligned, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -292,7 +292,8 @@ def text(record: Mapping[str, Any]) -> str:
             failed.setdefault(error, []).append(f"{cell['environment']} {cell['condition']}")
     parts.append("\n".join(f"failed: {listed(held)}: {why}" for why, held in failed.items()))
     done = sum(cell["state"] == "finished" for cell in record["cells"])
-    count = f"{done} of {len(record['cells'])} cells are finished"
+    all_ = counted(len(record["cells"]), "cell")
+    count = f"{done} of {all_} {'is' if len(record['cells']) == 1 else 'are'} finished"
     if record["status"] == "finished":
         if failed:
             parts.append(f"{count}; the same command tries those that failed again.")

@@ -29,6 +29,11 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0, 1, 8)) -> l
     ]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is one."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def listing(spec: Spec, build: Build) -> str:
     """What a comparison would run, and what not, in words."""
     chosen = grid(spec, build)
@@ -38,10 +43,10 @@ def listing(spec: Spec, build: Build) -> str:
     ]
     parts = ["\n".join(aligned(rows, left=(0, 1)))]
     parts.append("\n".join(chosen.lines()))
-    count = len(chosen.conditions) * len(spec.envs)
+    cells = counted(len(chosen.conditions) * len(spec.envs), "cell")
     parts.append(
-        f"{len(chosen.conditions)} conditions on {', '.join(spec.envs)}: {count} cells of "
-        f"{len(spec.seeds)} seeds"
+        f"{counted(len(chosen.conditions), 'condition')} on {', '.join(spec.envs)}: {cells} of "
+        f"{counted(len(spec.seeds), 'seed')}"
     )
     return "\n\n".join(part for part in parts if part)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from batchproof import records
+from batchproof import records, run_record
 from batchproof.errors import BatchproofError
 from batchproof.lab import checkpoint, episodic, obs_norm
 from batchproof.lab.agents import AGENTS
@@ -81,12 +81,9 @@ def load_run(folder: Path) -> Run:
         BatchproofError: missing, damaged, or made by a version with other settings.
     """
     path = folder / "run.json"
-    if not path.is_file():
-        raise BatchproofError(f"{path}: no such file: name the folder of a `batchproof train` run")
-    run = records.read_json(path)
-    if not isinstance(run, dict) or not {"training", "spaces", "devices"} <= run.keys():
-        raise BatchproofError(f"{path}: not the record of a run of this version")
-    training = training_from_record(run["training"], path)
+    run = run_record.read(folder)
+    with run_record.reading(path):
+        training = training_from_record(run["training"], path)
     spaces = run["spaces"]
     agents = spaces["agents"]
     layout = None
@@ -106,8 +103,10 @@ def load_run(folder: Path) -> Run:
         return {"agent": agent.init(training.config, key, *arguments), "obs_moments": moments}
 
     # The last seed is repeated where the devices of the machine that trained had more room.
-    count = len(training.seeds) + -len(training.seeds) % int(run["devices"])
-    like = jax.eval_shape(jax.vmap(fresh), jax.vmap(jax.random.key)(jnp.arange(count)))
+    count = len(training.seeds) + -len(training.seeds) % run["devices"]
+    keys = jax.vmap(jax.random.key)(jnp.arange(count))
+    with run_record.reading(path):  # sizes and layers that no network can have
+        like = jax.eval_shape(jax.vmap(fresh), keys)
     step, tree, _ = checkpoint.load_checkpoint(folder / "checkpoint", like)
     return Run(training, layout, *sizes, step, **tree)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchproof import records
+from batchproof import records, run_record
 from batchproof.errors import BatchproofError
 
 RETURNS = ("return", "score")
@@ -27,6 +27,13 @@ SEPARATOR = " · "
 
 _NOT_METRICS = ("seed", "step", "diverged")
 _NO_NORM = "no norm"
+_FACTS = {
+    "status": str,
+    "wall_s": int | float,
+    "command": str,
+    "git_sha": str,
+    "versions": dict,
+}
 
 _LENGTHS = ("steps", "learning starts", "eval every", "eval episodes", "buffer size")
 """Settings that tasks need of their own: named where they differ on one task."""
@@ -117,23 +124,15 @@ def _read_run(folder: Path) -> list[Cell]:
     training = run.get("training") if isinstance(run, dict) else None
     if not isinstance(training, dict) or not {"algo", "env_id", "seeds"} <= training.keys():
         raise BatchproofError(f"{folder / 'run.json'}: not a run record; give another folder")
+    run_record.check_training(training, folder / "run.json")
     columns = _columns(folder)
     # One dictionary for all seeds, or one for each: each set of options is a task of its own.
     options = training.get("env_options") or {}
     by_task: dict[str, list[int]] = defaultdict(list)
-    if not isinstance(options, dict) and len(options) != len(training["seeds"]):
-        raise BatchproofError(
-            f"{folder / 'run.json'}: env_options has {len(options)} entries for "
-            f"{len(training['seeds'])} seeds; it was edited: train into a new folder"
-        )
     for i, seed in enumerate(training["seeds"]):
         mine = options if isinstance(options, dict) else options[i]
         by_task[json.dumps(mine, sort_keys=True)].append(seed)
-    facts = {
-        key: run[key]
-        for key in ("status", "wall_s", "command", "git_sha", "versions")
-        if run.get(key) is not None
-    }
+    facts = _facts(run, folder / "run.json")
     settings = _settings(training)
     found = []
     for text, seeds in by_task.items():
@@ -156,16 +155,17 @@ def _read_run(folder: Path) -> list[Cell]:
 
 def _read_study(folder: Path) -> list[Cell]:
     """A study's cells: rows of its metrics that agree in every column of text."""
-    study = records.read_json(folder / "study.json")
+    path = folder / "study.json"
+    study = records.read_json(path)
     if not isinstance(study, dict) or not isinstance(study.get("conditions"), list):
-        raise BatchproofError(f"{folder / 'study.json'}: not a study record; give another folder")
+        raise BatchproofError(f"{path}: not a study record; give another folder")
     columns = _columns(folder)
     words = [name for name, values in columns.items() if values.dtype.kind in "OUS"]
     keys = list(zip(*(columns[name].tolist() for name in words), strict=True))
     keys = keys or [()] * len(columns["seed"])
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     numbers = np.array([number[key] for key in keys])
-    facts = {key: study[key] for key in ("command", "versions") if study.get(key) is not None}
+    facts = _facts(study, path, ("command", "versions"))
     found = []
     for key in number:
         mine = numbers == number[key]
@@ -177,7 +177,7 @@ def _read_study(folder: Path) -> list[Cell]:
             {name: values[mine] for name, values in columns.items() if name not in words},
             folder,
             plan=row.get("modes"),
-            facts=facts | ({"wall_s": row["wall_s"]} if row.get("wall_s") else {}),
+            facts=facts | _facts(row, path, ("wall_s",) if row.get("wall_s") else ()),
             environment={"env_id": f"study {study.get('study', folder.name)}"},
         )
         first = named.pop("algo", None)
@@ -190,6 +190,20 @@ def _read_study(folder: Path) -> list[Cell]:
             replace(cell, condition=SEPARATOR.join(map(str, key)))
             for cell, key in zip(found, number, strict=True)
         ]
+    return found
+
+
+def _facts(
+    record: Mapping[str, Any], path: Path, names: Sequence[str] = tuple(_FACTS)
+) -> dict[str, Any]:
+    """What a record says besides its results; what it leaves out or has as null is missing."""
+    found = {name: record[name] for name in names if record.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, _FACTS[name]):
+            raise BatchproofError(
+                f"{path}: {name} cannot be {json.dumps(value)[:40]}; it was edited: give another "
+                "folder"
+            )
     return found
 
 
