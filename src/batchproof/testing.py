@@ -13,8 +13,8 @@ def assert_batchproof(
     policy: Any,
     obs: Any = None,
     *,
-    only: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
+    only: Sequence[str] | str | None = None,
+    ignore: Sequence[str] | str = (),
 ) -> Report:
     """Assert that no rule of an audit fails. The policy is bit-identical afterwards.
 
@@ -23,15 +23,16 @@ def assert_batchproof(
             (B, ...) to actions, logits or Q-values (B, K); a Stable-Baselines3 model.
         obs: observations (N, ...), N >= 2, as a tensor or array, or a dictionary of them. A
             subject has its own; a model is asked for those in its replay or rollout buffer.
-        only: codes or prefixes (``BP3``) to run; None runs all.
-        ignore: codes or prefixes to leave out.
+            Floating ones are cast to the type of the networks' parameters.
+        only: codes or prefixes (``BP3``) to run, or a single one; None runs all.
+        ignore: codes or prefixes to leave out, or a single one.
 
     Returns:
         The report, for what should be reviewed and what was skipped.
 
     Raises:
         AssertionError: a rule failed; the message is the text report.
-        BatchproofError: bad observations, or an unknown code.
+        BatchproofError: bad observations, a policy that cannot take them, or an unknown code.
     """
     from batchproof.clinic import formats
     from batchproof.clinic.rules import audit
@@ -49,11 +50,14 @@ def _subject(policy: Any, obs: Any) -> Subject:
     from torch import nn
 
     from batchproof.clinic import Subject
+    from batchproof.clinic.subject import as_parameters
     from batchproof.errors import BatchproofError
 
     given = None if obs is None else _tensors(obs)
     if isinstance(policy, Subject):
-        return policy if given is None else replace(policy, obs=given)
+        if given is None:
+            return policy
+        return replace(policy, obs=as_parameters(given, *policy.networks.values()))
     if not isinstance(policy, nn.Module) and hasattr(policy, "policy"):
         from batchproof.sb3 import subject_from_model
 
@@ -71,6 +75,14 @@ def _subject(policy: Any, obs: Any) -> Subject:
 def _tensors(obs: Any) -> Any:
     import torch
 
-    if isinstance(obs, Mapping):
-        return {key: torch.as_tensor(part) for key, part in obs.items()}
-    return torch.as_tensor(obs)
+    from batchproof.errors import BatchproofError
+
+    try:
+        if isinstance(obs, Mapping):
+            return {key: torch.as_tensor(part) for key, part in obs.items()}
+        return torch.as_tensor(obs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:120]
+        raise BatchproofError(
+            f"the observations are no array of numbers (N, ...), or a dictionary of such: {line}"
+        ) from error

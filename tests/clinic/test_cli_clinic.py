@@ -1,6 +1,7 @@
 """The clinic's commands: exit codes, one line for each mistake, and what is written where."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,16 @@ def subject():
 
 def boom():
     raise RuntimeError("no\\nweights")
+
+
+def leave():
+    raise SystemExit(0)
+
+
+def skip():
+    import pytest
+
+    pytest.skip("not today")
 
 
 def text():
@@ -130,8 +141,82 @@ def test_exit_code_tells_findings_from_none(folder, capsys):
 
 
 def test_what_is_ignored_does_not_fail(folder, capsys):
-    assert call(*COUPLED, "--ignore", "bp1") == 0
-    assert "no rule ran" in capsys.readouterr().out
+    assert call(*COUPLED, "--only", "BP101,BP201") == 1
+    capsys.readouterr()
+    assert call(*COUPLED, "--only", "BP101,BP201", "--ignore", "bp101") == 0
+    out = capsys.readouterr().out
+    assert "BP201" in out
+    assert "BP101" not in out
+
+
+def test_an_audit_of_no_rule_is_a_mistake_and_no_success(folder, capsys):
+    for words, part in (
+        (["--only", "BP3", "--ignore", "bp3"], "--ignore BP3 leaves no rule of --only BP3 to run"),
+        (["--only", "BP301,BP302", "--ignore", "BP"], "leaves no rule of --only BP301,BP302"),
+    ):
+        assert call(*HEALTHY[:5], *words) == 2
+        assert part in capsys.readouterr().err
+    assert call(*HEALTHY[:5], "--ignore", "BP") == 2  # all but those on request would be skipped
+    assert "--ignore BP leaves no rule to run" in capsys.readouterr().err
+
+
+def test_code_that_ends_python_is_no_audit_that_passed(folder, capsys, monkeypatch):
+    (folder / "clinic_leaves.py").write_text("import sys\nsys.exit(0)\n")
+    for reference in ("clinic_leaves:model", "clinic_patients:leave"):
+        assert call("audit", reference, "--trust", "--obs", "obs.npy") == 2
+        assert f"{reference}: SystemExit: 0" in capsys.readouterr().err
+    assert call("audit", "clinic_patients:skip", "--trust", "--obs", "obs.npy") == 2
+    assert "not today" in capsys.readouterr().err
+
+    from batchproof.sb3 import loading
+
+    monkeypatch.setattr(loading, "load_subject", lambda *args, **more: sys.exit(0))
+    assert call("audit", "empty.zip", "--trust") == 2  # what its pickle may do
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "ended Python (sys.exit(0)) before the command was done" in err
+
+
+OUTPUTS = {
+    "a model": (["audit", "empty.zip", "--output", "empty.zip"], "is what this command reads"),
+    "observations": ([*HEALTHY, "--output", "obs.npy"], "is what this command reads"),
+    "a link to them": ([*HEALTHY, "--output", "link.npy"], "is what this command reads"),
+    "a trace's": (["trace", *HEALTHY[1:5], "-o", "obs.npy"], "is what this command reads"),
+    "code": ([*HEALTHY, "--out", "clinic_patients.py"], "is what this command reads"),
+    "a fix's observations": (
+        ["fix", "empty.zip", "--obs", "obs.zip", "-o", "obs.zip"],
+        "is what this command reads",
+    ),
+    "a record": ([*HEALTHY, "--output", "run.json"], "a run's own record"),
+    "a study's": ([*HEALTHY, "--output", "sub/study.json"], "a run's own record"),
+    "a checkpoint": ([*HEALTHY, "--output", "sub/checkpoint/x.html"], "a run's own record"),
+    "a folder": ([*HEALTHY, "--output", "."], "is a folder: name a file"),
+    "the root": (["trace", *HEALTHY[1:5], "--output", "/"], "is a folder: name a file"),
+    # Never a device: root would replace it where the guard is broken.
+    "a pipe": ([*HEALTHY, "--output", "pipe"], "is a device or a pipe"),
+}
+
+
+@pytest.mark.parametrize(("words", "part"), OUTPUTS.values(), ids=OUTPUTS)
+def test_an_output_never_takes_the_place_of_what_counts(words, part, folder, capsys):
+    (folder / "sub/checkpoint").mkdir(parents=True)
+    (folder / "sub/run.json").write_text("{}")
+    (folder / "link.npy").symlink_to("obs.npy")
+    (folder / "obs.zip").touch()
+    os.mkfifo(folder / "pipe")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert call(*words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert part in err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_fix_says_that_it_takes_no_run(capsys):
+    assert call("fix", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the folder of a `batchproof train` run" not in shown
+    assert "such as `batchproof export RUN --format sb3` writes" in shown
 
 
 def test_a_subject_brings_its_observations(folder, capsys):

@@ -2,22 +2,39 @@
 
 import importlib.util
 import io
+import json
 import pickle
 import re
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from stable_baselines3 import PPO, TD3
+from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from batchproof.cli import main
 from batchproof.clinic import fix as fixes
 from batchproof.clinic import formats
-from batchproof.clinic.fix import FIXES, Fix, fix
-from batchproof.clinic.rules import RULES, Finding, Outcome, Rule, Status, audit, failed, passed
+from batchproof.clinic.fix import FIXES, Edit, Fix, Fixed, fix, only_named
+from batchproof.clinic.rules import (
+    RULES,
+    Finding,
+    Outcome,
+    Report,
+    Rule,
+    Status,
+    audit,
+    failed,
+    passed,
+)
 from batchproof.clinic.subject import Subject, fingerprint
 from batchproof.errors import BatchproofError
+from batchproof.sb3.adapter import subject_from_model
+from batchproof.sb3.loading import load_subject
+from batchproof.sb3.modes import get_modes, set_modes
+from batchproof.sb3.policies import NormSACPolicy, NormTD3Policy
 
 torch.set_num_threads(1)
 
@@ -148,7 +165,7 @@ def test_a_safe_fix_that_changes_the_output_is_rolled_back(monkeypatch, mean_rul
     mean_rule("zero")
     subject = patient()
     before = fingerprint(subject)
-    (done,) = fix(subject, audit(subject, only=[CODE]))
+    (done,) = fix(subject, audit(subject, only=CODE), only=CODE)
     assert not done.applied
     assert "deployed output" in done.reason
     assert fingerprint(subject) == before
@@ -431,6 +448,133 @@ def test_set_modes_runs_only_on_a_model_of_the_library():
     TD3.load(file, device="cpu")
 
 
+def norm_model(kind=SAC, norm="batch", steps=80):
+    """A model of the library with norms, after a few updates."""
+    policy = NormSACPolicy if kind is SAC else NormTD3Policy
+    kwargs = {"norm": norm, "net_arch": [16]}
+    options = {"buffer_size": 200, "learning_starts": 20, "batch_size": 16}
+    model = kind(policy, "Pendulum-v1", policy_kwargs=kwargs, seed=0, device="cpu", **options)
+    return model.learn(steps)
+
+
+SLOTS = ("BP304", "BP308")
+
+
+@pytest.mark.parametrize("codes", [["BP308"], ["BP304"], list(SLOTS), ["set-modes"]])
+def test_set_modes_gives_each_rule_what_it_needs(codes):
+    subject = subject_from_model(norm_model())
+    report = audit(subject, only=SLOTS)
+    assert [report.outcomes[code].status for code in SLOTS] == [Status.FAIL, Status.FAIL]
+    done = fix(subject, report, only=codes, unsafe=True)
+    wanted = SLOTS if "set-modes" in codes else codes
+    assert [(one.code, one.applied) for one in done] == [(code, True) for code in wanted]
+    # SAC's own is TTTTE; slot 3 is never left in T, whatever was asked for.
+    assert get_modes(subject.model) == ("TTETE" if codes == ["BP304"] else "TEETE")
+    after = audit(subject, only=wanted)
+    assert [after.outcomes[code].status for code in wanted] == [Status.PASS] * len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "code", "expected"),
+    [
+        ("TTMTE", "BP308", "TEMTE"),  # M shows the actor a common shift: it may stay
+        ("TTEJJ", "BP308", "TEEJJ"),
+        ("TTTETE", "BP308", "TEETE"),  # six letters: slot 0 comes first, and acting counts too
+        ("TTTTTE", "BP304", "TTTETE"),
+        ("TEETT", "", "TEETT"),
+    ],
+)
+def test_set_modes_leaves_the_other_slots_as_they_are(chosen, code, expected):
+    model = norm_model()
+    set_modes(model, chosen)
+    subject = subject_from_model(model)
+    assert fixes._cured(subject, code) == expected
+
+
+def test_set_modes_takes_the_plan_that_it_is_given():
+    subject = subject_from_model(norm_model())
+    (done,) = fix(subject, [], only=["set-modes"], unsafe=True, plan="TEMJJ")
+    assert done.applied
+    assert get_modes(subject.model) == "TEMJJ"
+
+
+def test_a_policy_that_a_fix_breaks_is_put_back(monkeypatch, mean_rule):
+    def broken(subject, asked):
+        subject.networks["policy"][0] = nn.Linear(9, 8)
+        return ["broke it"]
+
+    register(monkeypatch, "broken", broken)
+    mean_rule("broken")
+    subject = patient()
+    before, report = fingerprint(subject), audit(subject, only=[CODE])
+    (done,) = fix(subject, report, unsafe=True)
+    assert not done.applied
+    assert done.reason.startswith("rolled back: policy cannot take these observations")
+    assert fingerprint(subject) == before
+
+
+def test_a_value_of_zero_is_as_far_from_its_threshold_as_can_be():
+    assert fixes._excess(0.0, 1e-9) == float("inf")  # kappa to rounding
+    assert fixes._excess(1e-12, 1e-9) == pytest.approx(1e3)
+    assert fixes._excess(0.0, 0.0) == 0
+
+
+def test_the_fall_is_told_where_two_numbers_say_it():
+    assert "3 before, 0 after" in Fixed("a", CODE, True, before=3.0, after=0.0).fall
+    for before in (0.0, float("inf"), float("nan")):
+        assert Fixed("a", CODE, True, before=before, after=0.0).fall == ""
+
+
+def test_reviews_that_have_a_fix_are_known(mean_rule):
+    mean_rule("recalibrate")
+    finding = Finding("off")
+    review = Outcome(Status.REVIEW, findings=(finding,), code=CODE)
+    assert only_named([review]) == [CODE]
+    assert only_named({CODE: Outcome(Status.FAIL, findings=(finding,), code=CODE)}) == []
+    mean_rule("")
+    assert only_named([review]) == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["replace-by-renorm"], ["replace-by-renorm", "replace-by-layer-norm"],
+     ["replace-by-group-norm"], ["freeze-statistics"], ["replace-by-renorm", "freeze-statistics"]],
+)  # fmt: skip
+@pytest.mark.parametrize("trust", [False, True])
+def test_replaced_layers_come_back_without_unpickling(names, trust, tmp_path):
+    subject = subject_from_model(norm_model(TD3))
+    model = subject.model
+    for name in names:
+        (done,) = fix(subject, [], only=[name], unsafe=True)
+        assert done.applied, done.reason
+    model.save(tmp_path / "fixed.zip")
+    loaded = load_subject(tmp_path / "fixed.zip", obs=subject.obs, trust=trust)
+    kinds = [type(module) for module in model.policy.modules()][1:]
+    assert [type(module) for module in loaded.model.policy.modules()][1:] == kinds
+    assert torch.equal(loaded.act(loaded.obs), subject.act(subject.obs))
+    loaded.model.save(tmp_path / "again.zip")  # and once more
+    again = load_subject(tmp_path / "again.zip", obs=subject.obs)
+    assert torch.equal(again.act(again.obs), subject.act(subject.obs))
+    assert len(again.model.policy_class.batchproof_edits) == 6 * len(names)
+    again.update()
+
+
+def test_edits_are_plain_values_and_come_back():
+    for momentum in (0.1, float("nan")):
+        edit = Edit("a.b", "renorm", "torch.nn.X", "mean", "", "weight", "", momentum, True)
+        plain = json.loads(json.dumps(edit.to_plain(), allow_nan=False))
+        assert repr(Edit.from_plain(plain)) == repr(edit)
+    for wrong in (
+        {"kind": "os"}, {"path": 1}, {"path": "a" * 2000}, {"momentum": True}, {"momentum": "1"},
+        {"maps": 1}, {"more": 1},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="no edit"):
+            Edit.from_plain(plain | wrong)
+    for wrong in (None, [], {}):
+        with pytest.raises(ValueError, match="no edit"):
+            Edit.from_plain(wrong)
+
+
 def test_set_modes_is_rolled_back_from_the_model(monkeypatch, mean_rule):
     mean_rule("set-modes")  # a rule that set_modes cannot help
     subject = sb3_subject(TD3)
@@ -461,3 +605,77 @@ def test_what_no_command_can_save_is_told_to_be_fixed_in_python():
     done = eval(call, {"fix": fix, "subject": subject, "report": report})
     assert any(one.applied for one in done)
     assert audit(subject, only=[done[0].code]).clean
+
+
+@pytest.fixture(scope="module")
+def sac(tmp_path_factory):
+    """A SAC with batch norm under the library's own modes, as a file."""
+    path = tmp_path_factory.mktemp("model") / "sac.zip"
+    norm_model().save(path)
+    return path
+
+
+def command(sac, out, *words):
+    return main(["fix", str(sac), "-o", str(out), "--env", "Pendulum-v1", *words])
+
+
+def test_the_command_that_bp308_advertises_works(sac, tmp_path, capsys):
+    out = tmp_path / "out.zip"
+    assert command(sac, out, "--only", "BP308", "--unsafe") == 0
+    shown = capsys.readouterr().out
+    assert "applied set-modes (BP308): the model trains under the mode plan TEETE" in shown
+    assert "still failing" not in shown
+    assert main(["audit", str(out), "--env", "Pendulum-v1", "--only", "BP304,BP308"]) == 0
+
+
+def test_the_command_says_what_still_fails(sac, tmp_path, capsys, monkeypatch):
+    def check(exam):
+        return failed(Finding("always"))
+
+    monkeypatch.setitem(RULES, "BP998", Rule("BP998", "always", "always", check))
+    assert command(sac, tmp_path / "out.zip", "--only", "BP308,BP998", "--unsafe") == 1
+    assert "\nstill failing: BP998\n" in capsys.readouterr().out
+
+
+def test_the_command_tells_no_fall_from_nothing_to_nothing(sac, tmp_path, capsys, monkeypatch):
+    def check(exam):
+        off = Finding("no plan", value=0.0, threshold=1e-9)
+        return passed() if get_modes(exam.subject.model) else failed(off)
+
+    monkeypatch.setitem(RULES, "BP998", Rule("BP998", "plan", "plan", check, fix="set-modes"))
+    assert command(sac, tmp_path / "out.zip", "--only", "BP998", "--unsafe") == 0
+    shown = capsys.readouterr().out
+    assert "applied set-modes (BP998)" in shown
+    assert "over its threshold" not in shown
+
+
+def test_the_command_says_how_reviews_are_mended(sac, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.zip"
+
+    def only_a_review(subject, **options):
+        finding = Outcome(Status.REVIEW, findings=(Finding("perhaps"),), code="BP402")
+        return Report("mine", {"BP402": finding}, 0.0)
+
+    monkeypatch.setattr("batchproof.clinic.rules.audit", only_a_review)
+    assert command(sac, out, "--unsafe") == 0
+    shown = capsys.readouterr().out
+    assert "nothing was changed" in shown
+    assert "--only BP402 --unsafe" in shown
+    assert not out.exists()
+
+
+def test_a_model_that_cannot_be_saved_is_one_line(sac, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.zip"
+    load = SAC._setup_model
+
+    def with_a_lock(model):
+        load(model)
+        model.lock = threading.Lock()
+
+    monkeypatch.setattr(SAC, "_setup_model", with_a_lock)
+    assert command(sac, out, "--only", "BP308", "--unsafe") == 2
+    err = capsys.readouterr().err
+    assert "out.zip was not written" in err
+    assert "cannot pickle" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,16 @@
 """A folded layer is gone, and the policy's output in eval mode is what it was."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
 
-from batchproof.clinic.fold import fold
+from batchproof.clinic.fold import fold, is_folded
+from batchproof.clinic.rules import Examination
 from batchproof.clinic.subject import Subject
 from batchproof.errors import BatchproofError
+from batchproof.layers import BatchNorm1d, BatchRenorm1d
 
 torch.set_num_threads(1)
 
@@ -18,7 +22,7 @@ def warm(module, seed=0):
         if hasattr(part, "running_var"):
             nn.init.normal_(part.running_mean)
             nn.init.uniform_(part.running_var, 0.2, 3.0)
-            if part.affine:
+            if part.weight is not None:
                 nn.init.normal_(part.weight)
                 nn.init.normal_(part.bias)
     return module.eval()
@@ -71,6 +75,53 @@ def test_the_norms_are_gone_or_neutral():
     assert float(kept[1].running_mean.abs().max()) == 0
     assert torch.equal(kept[1].weight, torch.ones(8))
     torch.testing.assert_close(removed(OBS), kept(OBS), rtol=1e-5, atol=1e-5)
+
+
+def facts(module):
+    return {layer.path: layer for layer in Examination(Subject.from_module(module, OBS)).layers}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchNorm1d, BatchRenorm1d])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_folded_layer_is_known_by_its_state(norm, affine):
+    """Through a file, into a network built anew: its names and numbers are all that is kept."""
+
+    def built():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 8), norm(8, affine=affine), nn.Linear(8, 2)).eval()
+
+    module = warm(built())
+    assert len(fold(module, OBS, keep_layers=True)) == 1
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    loaded = built()
+    assert not is_folded(facts(loaded)["1"])
+    loaded.load_state_dict(torch.load(file))
+    assert is_folded(facts(loaded)["1"])
+    assert torch.equal(loaded(OBS), module(OBS))
+    # One step of training, and it has statistics of its own.
+    loaded.train()(OBS)
+    assert not is_folded(facts(loaded)["1"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda norm: norm.running_mean.zero_(),
+        lambda norm: norm.running_mean[0].fill_(0.0),
+        lambda norm: norm.running_var[0].fill_(2.0),
+        lambda norm: norm.weight.data[0].fill_(2.0),
+        lambda norm: norm.bias.data[0].fill_(2.0),
+        lambda norm: norm.reset_parameters(),
+    ],
+)
+def test_a_layer_that_is_not_as_folded_is_none(change):
+    module = mlp()
+    fold(module, OBS, keep_layers=True)
+    assert is_folded(facts(module)["1"])
+    change(module[1])
+    assert not is_folded(facts(module)["1"])
 
 
 def test_linked_by_attributes():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from batchproof.clinic.fold import fold
 from batchproof.clinic.precise import recalibrate
 from batchproof.clinic.subject import Subject, Transitions
 from batchproof.errors import BatchproofError
@@ -147,3 +148,15 @@ def test_nothing_to_do_and_bad_input():
         recalibrate(Subject.from_module(net(), data()), data(1))
     with pytest.raises(BatchproofError, match="batch_size"):
         recalibrate(net(), data(), batch_size=0)
+
+
+def test_a_folded_layer_is_left_alone():
+    """New statistics would undo its share of the fold: the other layers get theirs."""
+    module, x = net(), data()
+    fold(module[:3], x, keep_layers=True)  # the first norm alone
+    before = {key: value.clone() for key, value in module[1].state_dict().items()}
+    (done,) = recalibrate(module, x)
+    assert done.name == "policy.4"
+    for key, value in module[1].state_dict().items():
+        assert torch.equal(value, before[key])
+    assert bool(module[1].running_mean.signbit().all())

@@ -206,3 +206,60 @@ def test_float64_leaves_buffers_that_a_forward_moved_as_they_were():
     with unchanged(subject), probe.in_float64(subject):
         subject.policy(OBS)
     assert fingerprint(subject) == before
+
+
+# --------------------------------------------------------------------------------- NaN and types
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same", "gap"),
+    [
+        ([1.0, NAN], [1.0, NAN], True, 0.0),
+        ([1.0, NAN], [1.5, NAN], False, 0.5),
+        ([1.0, NAN], [1.0, 2.0], False, INF),
+        ([INF, -INF], [INF, -INF], True, 0.0),
+        ([INF, 0.0], [-INF, 0.0], False, INF),
+        ([], [], True, 0.0),
+    ],
+)
+def test_nan_in_one_place_is_the_same(a, b, same, gap):
+    assert probe.same(torch.tensor(a), torch.tensor(b)) is same
+    assert probe.largest_gap(torch.tensor(a), torch.tensor(b)) == gap
+
+
+def test_states_of_other_shapes_or_of_whole_numbers():
+    assert not probe.same(torch.zeros(2), torch.zeros(3))
+    assert probe.same(torch.arange(3), torch.arange(3))
+    assert not probe.same(torch.arange(3), torch.ones(3, dtype=torch.long))
+
+
+def test_a_buffer_that_stays_nan_has_not_moved():
+    layer = nn.BatchNorm1d(6).eval()
+    layer.running_var[0] = NAN
+    subject = Subject.from_module(layer, OBS)
+    with probe.recorded(subject.networks) as calls:
+        subject.policy(OBS)
+    assert calls[0].moved == ()
+
+
+def test_no_layer_is_random_or_without_statistics_for_a_nan():
+    layer = nn.BatchNorm1d(6)
+    layer.running_var[0] = NAN
+    obs = OBS.clone()
+    (sound,) = facts_of(nn.BatchNorm1d(6))
+    (found,) = facts_of(layer, obs)
+    assert (found.random_train, found.random_eval) == (False, False)
+    assert (found.mean_buffer, found.var_buffer) == (sound.mean_buffer, sound.var_buffer)
+    assert found.couples_train
+    assert not found.couples_eval
+    assert facts_of(nn.Sequential(nn.Linear(6, 6), nn.ReLU())) == []
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.01, 0.1])
+def test_statistics_of_three_digits_are_followed(kind, momentum):
+    (found,) = facts_of(nn.BatchNorm1d(6, momentum=momentum).to(kind), OBS)
+    assert (found.mean_buffer, found.var_buffer) == ("running_mean", "running_var")
+    assert found.momentum == pytest.approx(momentum, rel=1e-4)

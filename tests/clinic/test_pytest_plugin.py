@@ -89,5 +89,64 @@ def test_a_module_needs_observations():
         assert_batchproof(coupled())
 
 
+@pytest.fixture(params=["function", "fixture"])
+def door(request):
+    """Both ways in: the assertion and the plugin's fixture."""
+    if request.param == "function":
+        return assert_batchproof
+    return request.getfixturevalue("batchproof_audit")
+
+
+@pytest.mark.parametrize(
+    ("policy", "obs", "match"),
+    [
+        (coupled(), OBS[:, :2], r"cannot take these observations, \(32, 2\): RuntimeError"),
+        (lambda x: coupled()(x), OBS.astype(float), "cannot take these observations"),
+        ("td3.zip", OBS, "a str is no policy"),
+        (Path("td3.zip"), OBS, "is no policy"),
+        (lambda x: None, OBS, "gave a NoneType"),
+        (lambda x: x.mean(), OBS, "gives 0 rows for 2"),
+        (lambda x: x.mean(0, keepdim=True), OBS, "gives 1 rows for 2"),
+        (lambda x: x["a"], {"a": OBS, "b": OBS[:9]}, "equally many rows, got a 32, b 9"),
+        (coupled(), {}, "equally many rows, got none"),
+        (coupled(), 1.0, "need a batch axis"),
+        (coupled(), [["a"] * 3] * 4, "no array of numbers"),
+        (coupled(), [[1.0, 2.0, 3.0], [1.0]], "no array of numbers"),
+    ],
+)
+def test_what_cannot_run_does_not_pass(door, policy, obs, match):
+    with pytest.raises(BatchproofError, match=match) as caught:
+        door(policy, obs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", [np.float32, np.float64, np.float16])
+def test_observations_follow_the_type_of_the_weights(door, kind, given):
+    with pytest.raises(AssertionError, match="FAIL BP101"):
+        door(coupled().to(kind), OBS.astype(given), only=["BP1"])
+    report = door(coupled().eval().to(kind), OBS.astype(given), ignore="BP401")
+    assert not [o for o in report.outcomes.values() if o.reason.startswith("could not run")]
+    # Three digits are enough to see which buffers follow the batch.
+    assert [layer.mean_buffer for layer in report.facts] == ["running_mean"]
+    # A subject that is given others casts them too.
+    subject = Subject.from_module(coupled().eval().to(kind), torch.from_numpy(OBS))
+    assert door(subject, OBS.astype(given), only="BP1").clean
+
+
+def test_whole_numbers_stay_whole(door):
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(4, 2)).double()
+    assert door(net, np.arange(5)[:, None], only="BP101").outcomes["BP101"].status == "pass"
+
+
+def test_a_single_code_needs_no_list(door):
+    with pytest.raises(AssertionError, match="FAIL BP1"):
+        door(coupled(), OBS, only="BP1")
+    assert set(door(coupled(), OBS, only="BP404").outcomes) == {"BP404"}
+    assert door(coupled(), OBS, only="bp1", ignore="BP1").clean
+    with pytest.raises(BatchproofError, match="unknown rule 'B'"):
+        door(coupled(), OBS, only="B")
+
+
 def test_what_is_ignored_does_not_fail():
     assert assert_batchproof(coupled(), OBS, only=["BP1"], ignore=["BP1"]).clean

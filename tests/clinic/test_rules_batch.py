@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchproof.clinic.rules import Status, audit
+from batchproof.clinic.rules import RULES, Examination, Status, audit
 from batchproof.clinic.subject import Subject, fingerprint, take
 
 _spec = importlib.util.spec_from_file_location(
@@ -393,3 +393,20 @@ def test_statistics_that_are_no_buffers_are_found_and_put_back():
     assert scaler.total is total
     assert not total.any()
     assert scaler.count == 0
+
+
+def test_a_policy_that_takes_no_batch_either_does_not_pass_as_refusing():
+    """Observations of another type than the weights: as deployed it takes nothing at all."""
+    net = planted.mlp().eval()
+    subject = Subject.from_callable(lambda x: net(x), OBS.double(), networks={"policy": net})
+    outcome = RULES["BP103"].check(Examination(subject))
+    assert outcome.status is Status.SKIPPED
+    assert outcome.reason.startswith("act refuses a batch too")
+
+
+def test_actions_that_are_ruled_out_do_not_hide_randomness():
+    """The largest number among them is infinite, and no tolerance."""
+    net = planted.mlp(planted.Noise()).eval()
+    masked = torch.tensor([0.0, -float("inf")])
+    subject = Subject.from_callable(lambda x: net(x) + masked, OBS, networks={"policy": net})
+    assert outcome_of("BP105", subject).status is Status.FAIL

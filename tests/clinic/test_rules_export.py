@@ -1,6 +1,7 @@
 """BP6xx: what save, load and export lose."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from stable_baselines3 import PPO, TD3
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from batchproof.clinic.rules import Status, audit
+from batchproof.clinic.rules import RULES, Examination, Status, audit
 from batchproof.clinic.subject import Subject, fingerprint
 
 torch.set_num_threads(1)
@@ -51,6 +52,15 @@ def test_planted_defect_is_found(name):
 def test_healthy_batch_norm_passes(norm, code):
     result = outcome(planted.module_subject(norm), code)
     assert result.status is Status.PASS, (result.reason, result.findings)
+
+
+def test_state_that_is_nan_is_not_lost():
+    """Asked on its own: an audit leaves such a policy to BP404."""
+    subject = planted.module_subject(nn.BatchNorm1d(8))
+    subject.networks["policy"].register_buffer("late", torch.tensor([math.nan]), persistent=False)
+    norm = next(m for m in subject.networks["policy"].modules() if hasattr(m, "running_var"))
+    norm.running_var[0] = math.nan
+    assert RULES["BP601"].check(Examination(subject)).status is Status.PASS
 
 
 @pytest.mark.parametrize("code", [*EXPORTS, "BP604"])

@@ -86,7 +86,13 @@ def test_healthy_pair_passes():
 @pytest.mark.parametrize("code", ["BP501", "BP502", "BP503"])
 def test_not_applicable_without_normalizers(code):
     plain = DummyVecEnv([Shifted])
-    assert examine({}, code)[0].status is Status.NOT_APPLICABLE
+    unknown = examine({}, code)[0]
+    assert unknown.status is Status.NOT_APPLICABLE
+    assert "normalizers['train']" in unknown.reason
+    # A library's model may have been given the id of an environment.
+    unknown = examine({}, code, model=object())[0]
+    assert "an environment id says nothing" in unknown.reason
+    assert "--vecnormalize FILE" in unknown.reason
     assert examine({"train": plain, "eval": plain}, code)[0].status is Status.NOT_APPLICABLE
     assert examine({"train": plain}, code)[0].status is Status.NOT_APPLICABLE
 

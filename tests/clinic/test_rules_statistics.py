@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from batchproof.clinic import Status, Subject, rules_statistics
+from batchproof.clinic.fold import fold
 from batchproof.clinic.rules import RULES, Examination
 from batchproof.clinic.subject import fingerprint, unchanged
 
@@ -110,6 +111,44 @@ def test_a_fresh_model_of_a_library_is_not_spoken_about():
     assert check(fresh, "BP401").status is NOT_APPLICABLE
     updated = replace(subject, model=SimpleNamespace(_n_updates=5, num_timesteps=9))
     assert check(updated, "BP401").status is FAIL
+
+
+def folded_actor():
+    """A trained actor whose norm was folded and left in its place; all else is as trained."""
+    actor = trained_policy(nn.BatchNorm1d)
+    with torch.no_grad():
+        actor.net[1].weight.uniform_(0.5, 1.5)
+        actor.net[1].bias.uniform_(-0.5, 0.5)
+    assert len(fold(policy_subject(actor), keep_layers=True)) == 1
+    return actor
+
+
+TRAINED = SimpleNamespace(_n_updates=5, num_timesteps=9)
+
+
+def test_a_folded_layer_has_no_statistics_to_update():
+    subject = replace(policy_subject(folded_actor()), model=TRAINED)
+    outcome = check(subject, "BP401")
+    assert outcome.status is PASS
+    assert outcome.reason == "policy.net.1: folded into the layer before"
+
+
+@pytest.mark.parametrize("tracked", [0, 100])
+def test_a_neutral_layer_that_nobody_folded_still_fails(tracked):
+    """Mean +0: whatever its counter says, its scale 1 and shift 0 are those of a fresh layer."""
+    actor = folded_actor()
+    actor.net[1].reset_parameters()
+    actor.net[1].num_batches_tracked.fill_(tracked)
+    assert check(replace(policy_subject(actor), model=TRAINED), "BP401").status is FAIL
+
+
+def test_a_fresh_layer_beside_a_folded_one_fails():
+    actor = folded_actor()
+    late = nn.Sequential(actor.net, nn.BatchNorm1d(2)).eval()
+    subject = replace(Subject.from_module(late, planted.batch().obs), model=TRAINED)
+    outcome = check(subject, "BP401")
+    assert outcome.status is FAIL
+    assert [f.first for f in outcome.findings] == ["1"]
 
 
 # ---------------------------------------------------------------------------------------- BP402

@@ -11,10 +11,13 @@ from torch import nn
 from batchproof.clinic.subject import (
     Subject,
     Transitions,
+    as_parameters,
+    check_runs,
     fingerprint,
     join,
     output_of,
     rows,
+    sound_weights,
     stacked_q,
     take,
     training_mode,
@@ -226,6 +229,74 @@ def test_observations_must_be_finite(bad):
         Subject.from_module(nn.Linear(3, 2), torch.full((2, 3), bad))
 
 
+@pytest.mark.parametrize(
+    ("obs", "match"),
+    [
+        ({"a": torch.zeros(5, 3), "b": torch.zeros(3, 3)}, "equally many rows, got a 5, b 3"),
+        ({}, "got none"),
+        (torch.tensor(1.0), "batch axis"),
+        (np.zeros((4, 3)), "got a ndarray: write torch.as_tensor"),
+        ({"a": [1.0, 2.0]}, "got a list for a"),
+    ],
+)
+def test_observations_are_tensors_with_rows(obs, match):
+    with pytest.raises(BatchproofError, match=match):
+        Subject.from_module(nn.Linear(3, 2), obs)
+
+
+@pytest.mark.parametrize("function", ["td3.zip", None, 3])
+def test_a_policy_can_be_called(function):
+    with pytest.raises(BatchproofError, match=f"a {type(function).__name__} is no policy"):
+        Subject.from_callable(function, torch.zeros(2, 3))
+
+
+def test_only_floating_observations_are_cast():
+    obs = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 1, dtype=torch.uint8)}
+    cast = as_parameters(obs, nn.Flatten(), nn.Linear(3, 2).double())
+    assert [part.dtype for part in cast.values()] == [torch.float64, torch.uint8]
+    assert as_parameters(obs["a"], nn.Flatten()) is obs["a"]
+
+
+def test_what_runs_is_tried_and_left_alone():
+    s = subject()
+    before = fingerprint(s)
+    check_runs(s)
+    assert fingerprint(s) == before
+    s.obs = s.obs[:, :2]
+    with pytest.raises(BatchproofError, match=r"cannot take these observations, \(8, 2\)"):
+        check_runs(s)
+    with pytest.raises(BatchproofError, match="cannot take these"):
+        check_runs(s, sick=True)
+    assert fingerprint(s) == before
+
+
+def test_a_policy_whose_action_alone_fails_does_not_run():
+    s = subject()
+    s.act = lambda batch: 1 / 0
+    with pytest.raises(BatchproofError, match="ZeroDivisionError"):
+        check_runs(s)
+
+
+def test_weights_that_are_no_numbers_may_be_why_it_does_not_run():
+    s = subject()
+    s.act = lambda batch: torch.distributions.Normal(s.policy(batch), 1.0).mean
+    s.networks["policy"][0].weight.data[0, 0] = float("nan")
+    check_runs(s, sick=True)
+    with pytest.raises(BatchproofError, match="weights are not finite"):
+        check_runs(s)
+
+
+def test_infinite_buffers_are_masks_and_infinite_weights_are_wrong():
+    net = nn.Linear(2, 2)
+    net.register_buffer("mask", torch.full((2,), -float("inf")))
+    assert sound_weights(net)
+    net.mask[0] = float("nan")
+    assert not sound_weights(net)
+    other = nn.Linear(2, 2)
+    other.weight.data[0, 0] = float("inf")
+    assert not sound_weights(other)
+
+
 def test_from_callable_has_what_it_is_given():
     net = nn.Linear(3, 2)
     s = Subject.from_callable(lambda x: (net(x), None), torch.ones(2, 3), networks={"mine": net})
@@ -246,3 +317,14 @@ def test_outputs_and_batches():
     assert take(x, slice(1, 3)).tolist() == [1, 2]
     assert join(both, both)["a"].shape == (12,)
     assert len(Transitions(x, x, x, x, x)) == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+def test_torchscript_is_refused_by_name(inside, traced):
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    x = torch.randn(8, 3)
+    script = torch.jit.trace(network, x) if traced else torch.jit.script(network)
+    with pytest.raises(BatchproofError, match=r"TorchScript.*the module that it was made from"):
+        Subject.from_module(nn.Sequential(script) if inside else script, x)

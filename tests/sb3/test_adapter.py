@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,9 +16,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 import batchproof.sb3
+from batchproof.clinic.rules import NOT_FINITE, Status, audit
 from batchproof.clinic.subject import fingerprint, take, training_mode, unchanged
 from batchproof.errors import BatchproofError
-from batchproof.sb3.adapter import subject_from_model
+from batchproof.sb3.adapter import _Explorer, subject_from_model
+from batchproof.sb3.policies import NormTD3Policy
 
 _path = Path(__file__).with_name("healthy.py")
 _spec = importlib.util.spec_from_file_location("healthy", _path)
@@ -349,6 +352,87 @@ def test_an_environment_that_fails_is_one_line():
 
     with pytest.raises(BatchproofError, match="RuntimeError: two lines"):
         subject_from_model(make(SAC, Reach("vector")), env=Broken("vector"))
+
+
+def broken(algorithm, env="Pendulum-v1", policy="MlpPolicy", **kwargs):
+    """A model with one NaN in the network that acts."""
+    model = make(algorithm, env, policy, policy_kwargs={**SMALL, **kwargs})
+    if kwargs:
+        norm = next(m for m in model.actor.modules() if hasattr(m, "running_var"))
+        norm.running_var[0] = np.nan
+    else:
+        model.policy.state_dict()[next(iter(model.policy.state_dict()))].view(-1)[0] = np.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        (TD3, ("Pendulum-v1", NormTD3Policy)),
+        (TD3, ()),
+        (SAC, ()),
+        (PPO, ()),
+        (DQN, ("CartPole-v1",)),
+    ],
+)
+def test_a_policy_with_nan_is_collected_with_and_fails_its_rule(algorithm, arguments):
+    """Whether it gives NaN, or refuses to act, as distributions do."""
+    norm = {"norm": "batch"} if NormTD3Policy in arguments else {}
+    model = broken(algorithm, *arguments, **norm)
+    before = state_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # Gymnasium's checker
+        subject = subject_from_model(model, env=arguments[0] if arguments else "Pendulum-v1")
+    after = model.policy.state_dict()
+    assert all(torch.equal(v, after[k]) or v.isnan().any() for k, v in before[0].items())
+    assert torch.isfinite(subject.obs).all()
+    assert subject.transitions is None or torch.isfinite(subject.transitions.action).all()
+    outcomes = audit(subject).outcomes
+    assert outcomes["BP404"].status is Status.FAIL
+    assert [c for c, o in outcomes.items() if o.status is Status.FAIL] == ["BP404"]
+    assert outcomes["BP101"].reason == NOT_FINITE
+
+
+def test_random_actions_stand_in_for_nan_alone():
+    model = make(SAC, Reach("vector"))
+    model.predict = lambda obs, **_: (np.array([[np.nan, 0.5], [0.25, 0.5]], np.float32), None)
+    model.action_space.seed(1)
+    before = model.action_space.np_random.bit_generator.state
+    chosen = _Explorer(model, 0)
+    first, second = (chosen(torch.zeros(2, 4)) for _ in range(2))
+    assert model.action_space.contains(first[0])
+    assert not np.array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], [0.25, 0.5])
+    assert model.action_space.np_random.bit_generator.state == before
+
+
+def test_an_error_of_a_sound_policy_is_told():
+    model = make(SAC, Reach("vector"))
+
+    def refuses(obs, **_):
+        raise ValueError("its own reason")
+
+    model.predict = refuses
+    with pytest.raises(BatchproofError, match="ValueError: its own reason"):
+        subject_from_model(model, env=Reach("vector"))
+
+
+def test_an_environment_that_gives_nan_is_named():
+    class Sick(Reach):
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return np.full_like(obs, np.nan), *rest
+
+    model, id_ = make(SAC, Reach("vector")), "BatchproofSick-v0"
+    gym.register(id_, entry_point=lambda: Sick("vector"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # Gymnasium's checker
+            for env in (id_, Sick("vector")):
+                with pytest.raises(BatchproofError, match="the environment gave observations that"):
+                    subject_from_model(model, env=env)
+    finally:
+        del gym.registry[id_]
 
 
 def test_public_names():

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from sb3_contrib import QRDQN, TQC, CrossQ, RecurrentPPO
-from stable_baselines3 import DQN, PPO, SAC, TD3
+from sb3_contrib import ARS, QRDQN, TQC, CrossQ, RecurrentPPO
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from batchproof.errors import BatchproofError
+from batchproof.sb3 import NatureCNN
 from batchproof.sb3.callback import MonitorCallback, measure
 from batchproof.sb3.modes import set_modes
 from batchproof.sb3.policies import (
@@ -60,8 +63,8 @@ class Kept(KVWriter):
 def make(kind=TD3, policy=NormTD3Policy, env=Noise, **norms):
     torch.set_num_threads(1)
     policy_kwargs = {"net_arch": [8, 8], **norms}
-    settings = {"n_steps": 32, "batch_size": 32} if kind is PPO else {}
-    if kind is not PPO:
+    settings = {"n_steps": 32} | ({"batch_size": 32} if kind is PPO else {})
+    if kind not in (PPO, A2C):
         settings = {"learning_starts": 40, "batch_size": 32, "buffer_size": 500}
     return kind(policy, env(), policy_kwargs=policy_kwargs, seed=0, device="cpu", **settings)
 
@@ -150,6 +153,68 @@ def test_measuring_leaves_everything_as_it_was():
     assert hooks == [
         len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.policy.modules()
     ]
+
+
+@pytest.mark.parametrize("kind", [PPO, A2C])
+def test_a_rollout_is_measured_in_training_and_after_it(kind):
+    class Watched(MonitorCallback):
+        def _look(self):
+            looks.append(measure(self.model, 200))
+
+    looks = []
+    env = DummyVecEnv([Noise] * 4)
+    model = make(kind, NormActorCriticPolicy, lambda: env, norm="batch")
+    learn(model, 32 * 4, Watched(every=1))
+    # The library has put steps and environments into one axis since.
+    assert model.rollout_buffer.generator_ready
+    obs = torch.as_tensor(model.rollout_buffer.observations)
+    assert obs.shape == (32 * 4, 3)
+    _, layers = measure(model, 200)
+    assert set(layers) == set(looks[-1][1])
+    layer = model.policy.mlp_extractor.policy_net[1]
+    x = model.policy.mlp_extractor.policy_net[0](obs).detach()
+    error = (layer.running_mean - x.mean(0)).abs() / (x.var(0, correction=0) + layer.eps).sqrt()
+    found = layers["policy.mlp_extractor.policy_net.1"]["mean_error"]
+    assert found == pytest.approx(float(error.mean()), rel=1e-4)
+
+
+def test_a_rollout_of_images_is_measured_after_training():
+    env = DummyVecEnv([lambda: FakeImageEnv(screen_height=40, screen_width=40, n_channels=1)] * 2)
+    kwargs = {
+        "features_extractor_class": NatureCNN,
+        "features_extractor_kwargs": {"norm": "batch", "features_dim": 8},
+    }
+    settings = {"n_steps": 4, "batch_size": 4, "n_epochs": 1, "seed": 0, "device": "cpu"}
+    model = PPO("CnnPolicy", env, policy_kwargs=kwargs, **settings)
+    model.learn(8)
+    figures, layers = measure(model)
+    assert "policy.features_extractor.cnn.1" in layers
+    assert figures["mean_error"] > 0
+
+
+@pytest.mark.parametrize("agent", ["TD3", "DQN", "PPO"])
+def test_a_model_without_observations_is_told_what_to_do(agent, tmp_path):
+    kind, policy, env, norms = AGENTS[agent]
+    model = make(kind, policy, env, **norms)
+    learn(model, 64)
+    model.save(tmp_path / "model.zip")
+    loaded = kind.load(tmp_path / "model.zip", env=env(), device="cpu")
+    what = "load_replay_buffer" if kind is not PPO else "rollout is not saved"
+    with pytest.raises(
+        BatchproofError, match=f"this {agent} holds no observations.*{what}"
+    ) as told:
+        measure(loaded)
+    assert "\n" not in str(told.value)
+    loaded.learn(64)
+    measure(loaded)
+
+
+def test_what_cannot_be_measured_at_all():
+    recurrent = RecurrentPPO("MlpLstmPolicy", Noise(), n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(BatchproofError, match="recurrent"):
+        measure(recurrent)
+    with pytest.raises(BatchproofError, match="keeps no observations"):
+        measure(ARS("MlpPolicy", Noise(), device="cpu"))
 
 
 def named(model):

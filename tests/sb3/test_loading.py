@@ -10,6 +10,7 @@ import sys
 import warnings
 import zipfile
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,10 @@ from sb3_contrib import QRDQN, TQC, CrossQ
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from batchproof.cli import main
+from batchproof.clinic.fix import fix
 from batchproof.clinic.subject import Subject, fingerprint
 from batchproof.errors import BatchproofError
 from batchproof.sb3 import CnnPolicy, NatureCNN
@@ -164,8 +168,126 @@ def test_observations_come_from_a_file_or_an_environment(saved, tmp_path):
     refused_by = pytest.raises(BatchproofError, match="holds no observations")
     with refused_by:
         load_subject(saved)
-    with pytest.raises(BatchproofError, match=r"\(N, 3\), got \(16, 2\)"):
+    with pytest.raises(BatchproofError, match=r"^observations: .*\(N, 3\), got \(16, 2\)"):
         load_subject(saved, obs=OBS[:, :2])
+    np.save(tmp_path / "narrow.npy", OBS[:, :2])
+    with pytest.raises(BatchproofError, match=r"^\S*narrow.npy: .*\(N, 3\), got \(16, 2\)"):
+        load_subject(saved, obs=tmp_path / "narrow.npy")
+
+
+def test_a_file_of_keys_is_named_too(tmp_path):
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1)
+    model = make(PPO, env, "CnnPolicy", policy_kwargs={})
+    model.save(tmp_path / "m.zip")
+    np.savez(tmp_path / "keys.npz", a=OBS, b=OBS)
+    with pytest.raises(BatchproofError, match=r"^\S*keys.npz: .*the keys a, b"):
+        load_subject(tmp_path / "m.zip", obs=tmp_path / "keys.npz")
+
+
+@pytest.fixture(scope="module")
+def normalized(tmp_path_factory):
+    """A TD3 that was trained on observations and rewards that VecNormalize normalized."""
+    folder = tmp_path_factory.mktemp("normalized")
+    env = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]))
+    kwargs = {"net_arch": [8], "norm": "batch"}
+    model = make(TD3, env, NormTD3Policy, policy_kwargs=kwargs, learning_starts=20)
+    model.learn(100)
+    model.save(folder / "m.zip")
+    env.save(str(folder / "norm.pkl"))
+    return folder, env
+
+
+def test_a_normalizer_s_file_goes_around_the_environment(normalized):
+    folder, env = normalized
+    kwargs = {"env": "Pendulum-v1", "count": 60}
+    subject = load_subject(folder / "m.zip", trust=True, vecnormalize=folder / "norm.pkl", **kwargs)
+    raw = load_subject(folder / "m.zip", **kwargs)
+    # Both begin in the same state: the seed is the same.
+    expected = env.normalize_obs(raw.obs[:1].numpy())
+    np.testing.assert_allclose(subject.obs[:1].numpy(), expected, atol=1e-5)
+    # Rewards as well, or critics would be held against another scale than theirs.
+    reward = float(raw.transitions.reward[0])
+    assert float(subject.transitions.reward.abs().max()) <= env.clip_reward
+    assert abs(reward) > 0
+    found = subject.normalizers["train"]
+    assert list(subject.normalizers) == ["train"]
+    assert isinstance(found, VecNormalize)
+    assert not found.training
+    assert np.array_equal(found.obs_rms.mean, env.obs_rms.mean)
+    assert found.obs_rms.count == env.obs_rms.count
+    assert raw.normalizers == {}
+
+
+def test_a_normalizer_s_file_is_not_unpickled_without_trust(normalized, tmp_path):
+    folder, _ = normalized
+    marker = tmp_path / "was-unpickled"
+    (tmp_path / "armed.pkl").write_bytes(pickle.dumps(Marker(marker)))
+    armed = {"vecnormalize": tmp_path / "armed.pkl", "env": "Pendulum-v1"}
+    with pytest.raises(
+        BatchproofError, match=r"armed.pkl: VecNormalize.save writes a pickle.*trust"
+    ):
+        load_subject(folder / "m.zip", **armed)
+    assert not marker.exists()
+    with pytest.raises(BatchproofError, match=r"armed.pkl: "):
+        load_subject(folder / "m.zip", trust=True, **armed)
+    assert marker.exists()  # the trap works
+
+
+@pytest.mark.parametrize(
+    ("content", "env", "match"),
+    [
+        (pickle.dumps([1]), "Pendulum-v1", "VecNormalize.load: AttributeError"),
+        (b"hello", "Pendulum-v1", "VecNormalize.load: "),
+        (None, "Pendulum-v1", "no such file"),
+        (None, None, "goes around an environment"),
+        ("the file", "CartPole-v1", "VecNormalize.load: .*shape"),
+        ("the file", "around", "already"),
+    ],
+)
+def test_a_normalizer_s_file_that_does_not_fit_is_one_line(
+    normalized, tmp_path, content, env, match
+):
+    folder, around = normalized
+    path = tmp_path / "n.pkl"
+    if content is not None:
+        path.write_bytes((folder / "norm.pkl").read_bytes() if content == "the file" else content)
+    with pytest.raises(BatchproofError, match=match) as told:
+        load_subject(
+            folder / "m.zip",
+            env=around if env == "around" else env,
+            trust=True,
+            vecnormalize=path,
+        )
+    assert "\n" not in str(told.value)
+
+
+def test_the_command_line_puts_the_normalizer_there_too(normalized, capsys):
+    folder, _ = normalized
+    audit = ["audit", str(folder / "m.zip"), "--only", "BP5"]
+    assert main([*audit, "--env", "Pendulum-v1"]) == 0
+    assert "an environment id says nothing" in " ".join(capsys.readouterr().out.split())
+    around = ["--vecnormalize", str(folder / "norm.pkl")]
+    assert main([*audit, "--env", "Pendulum-v1", *around, "--trust"]) == 0
+    assert "evaluation environment is not known" in " ".join(capsys.readouterr().out.split())
+    trace = ["trace", str(folder / "m.zip"), "--env", "Pendulum-v1", *around, "--trust"]
+    assert main(trace) == 0
+    assert "plan TETTE" in capsys.readouterr().out
+    for words, part in (
+        ([*audit, *around, "--trust"], "add --env ID"),
+        ([*audit, "--env", "Pendulum-v1", *around], "add --trust"),
+        ([*audit, "--env", "Pendulum-v1", "--vecnormalize", str(folder)], "a folder: name a file"),
+        ([*audit, "--obs", str(folder)], "a folder: name a file"),
+        (["audit", "mine:make", *around, "--trust"], "leave it out"),
+        (
+            [*audit, "--env", "Pendulum-v1", *around, "--output", str(folder / "norm.pkl")],
+            "never overwritten",
+        ),
+    ):
+        assert main(words) == 2, words
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert part in err
+        assert err.count("\n") == 1
 
 
 def test_nothing_is_unpickled_without_trust(saved, tmp_path, monkeypatch):
@@ -247,6 +369,74 @@ def test_custom_parts_need_trust(tmp_path, monkeypatch):
     assert isinstance(load_subject(tmp_path / "m.zip", obs=OBS, trust=True), Subject)
 
 
+class OwnPolicy(NormTD3Policy):
+    """A policy that only a pickle holds."""
+
+
+def fixed(policy, path):
+    model = make(TD3, policy=policy, policy_kwargs={"net_arch": [8], "norm": "batch"})
+    subject = subject_from_model(model, OBS)
+    assert fix(subject, [], only=["replace-by-layer-norm"], unsafe=True)[0].applied
+    model.save(path)
+    return path
+
+
+def test_a_fixed_policy_is_called_by_its_own_name(tmp_path):
+    said = refused(fixed(OwnPolicy, tmp_path / "m.zip"), match=r"OwnPolicy, with layers that .*fix")
+    assert "--trust" in said
+
+
+def test_an_earlier_fix_is_named_and_no_module(tmp_path):
+    def as_before(data):
+        for key in ("batchproof_policy", "batchproof_edits"):
+            del data["policy_class"][key]
+
+    fixed(NormTD3Policy, tmp_path / "m.zip")
+    path = with_json(tmp_path / "m.zip", tmp_path / "old.zip", as_before)
+    said = refused(path, match="an earlier `batchproof fix`")
+    assert "batchproof.clinic" not in said
+
+
+EDITS = [1, "x", {}, [1], [{}], [{"path": "a"}]]
+
+
+@pytest.mark.parametrize("edits", EDITS)
+def test_damaged_edits_are_refused(edits, tmp_path):
+    fixed(NormTD3Policy, tmp_path / "m.zip")
+    path = with_json(
+        tmp_path / "m.zip",
+        tmp_path / "bad.zip",
+        lambda data: data["policy_class"].update(batchproof_edits=edits),
+    )
+    refused(path, match="is damaged")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mean": "forward"}, {"mean": "__class__"}, {"scale": "train"}, {"path": "mu." * 300},
+     {"old": "os.system"}, {"kind": "group"}, {"shift": ""}],
+)  # fmt: skip
+def test_strange_edits_are_refused_or_harmless(change, tmp_path):
+    def strange(data):
+        for edit in data["policy_class"]["batchproof_edits"]:
+            edit.update(change)
+
+    fixed(NormTD3Policy, tmp_path / "m.zip")
+    path = with_json(tmp_path / "m.zip", tmp_path / "bad.zip", strange)
+    if change in ({"kind": "group"}, {"shift": ""}):  # the same names and shapes
+        load_subject(path, obs=OBS)
+    else:
+        refused(path)
+
+
+def test_too_many_edits_are_refused(tmp_path):
+    def many(data):
+        data["policy_class"]["batchproof_edits"] *= 1000
+
+    fixed(NormTD3Policy, tmp_path / "m.zip")
+    refused(with_json(tmp_path / "m.zip", tmp_path / "bad.zip", many), match="is damaged")
+
+
 @pytest.mark.parametrize("policy", ["CnnPolicy", CnnPolicy])
 def test_our_own_extractor_and_policy_need_none(tmp_path, policy):
     env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1)
@@ -320,6 +510,18 @@ def test_foreign_files(saved, tmp_path):
     refused(rewritten(saved, tmp_path / "d.zip", data=b"[1]"), match="is a list")
     refused(rewritten(saved, tmp_path / "d.zip", data=b"\xff"), match="not JSON")
     refused(rewritten(saved, tmp_path / "d.zip", data=b"[" * 10**5), match="not JSON")
+
+
+def test_a_file_that_was_cut_short_is_called_so(saved, tmp_path):
+    """Half of it ends in weights, which are an archive of their own."""
+    raw = saved.read_bytes()
+    with zipfile.ZipFile(saved) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".pth"))
+        info = archive.getinfo(name)
+    end = raw.index(b"PK\x05\x06", info.header_offset) + 22  # of the archive within
+    for cut in (end, end + 40):
+        (tmp_path / "cut.zip").write_bytes(raw[:cut])
+        refused(tmp_path / "cut.zip", match="a .zip that was cut short")
 
 
 def state_as(value):

@@ -452,7 +452,7 @@ def test_saving_and_loading_in_between_goes_on_as_frozen(tmp_path):
 def test_dropout_is_cured_too():
     for how, one in (("library", False), ("eval-after", True)):
         model = make(norm="none", dropout=0.5)
-        watch = Firsts(how, warmup=0)
+        watch = Firsts(how, **({"warmup": 0} if how == "eval-after" else {}))
         model.learn(128, callback=watch)
         assert (watch.first["first_ratio_error"] < ROUNDING) == one
 
@@ -461,13 +461,20 @@ def test_dropout_is_cured_too():
     ("options", "words"),
     [
         ({"how": "frosen"}, "frozen"),
-        ({"how": "mdr", "warmup": -1}, "warmup"),
+        ({"how": "eval-after", "warmup": -1}, "warmup"),
+        ({"how": "library", "warmup": 99}, "warmup has no effect with 'library'.*eval-after"),
+        ({"how": "mdr", "warmup": 10}, "eval-after"),
         ({"how": "frozen", "rectified": 2}, "mdr"),
     ],
 )
 def test_bad_options_are_refused(options, words):
     with pytest.raises(BatchproofError, match=words):
         OnPolicyModes(**options)
+
+
+def test_the_warm_up_has_a_length_of_its_own():
+    assert OnPolicyModes("eval-after").warmup == 10
+    assert OnPolicyModes("eval-after", warmup=0).warmup == 0
 
 
 @pytest.mark.parametrize(

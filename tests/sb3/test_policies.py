@@ -70,6 +70,13 @@ def test_none_is_the_librarys_policy_bit_for_bit(agent):
     assert all(torch.equal(found[key], stock[key]) for key in stock)
 
 
+@pytest.mark.parametrize("agent", AGENTS)
+def test_none_may_be_written_as_python_does(agent):
+    policy = make(agent, norm=None).policy
+    assert policy.state_dict().keys() == make(agent, "MlpPolicy").policy.state_dict().keys()
+    policy.load_state_dict(make(agent, norm="none").policy.state_dict())
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("agent", AGENTS)
 def test_trains_saves_and_loads(agent, norm, tmp_path):
@@ -137,6 +144,17 @@ def test_mistakes_raise_one_line():
         make("TD3", norm="batch", net_arch=[])
     with pytest.raises(BatchproofError, match="typo"):
         make("TD3", norm="batch", norm_options={"typo": 1})
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_options_of_no_norm_are_refused(agent):
+    for norms in ({}, {"norm": None}, {"norm": "none"}):
+        with pytest.raises(BatchproofError, match="norm_options are for a norm") as caught:
+            make(agent, norm_options={"momentum": 0.01}, **norms)
+        assert "\n" not in str(caught.value)
+        make(agent, norm_options={}, **norms)
+    if agent != "DQN":
+        make(agent, critic_norm="batch", norm_options={"momentum": 0.01})
 
 
 def test_output_layers_are_untouched_by_the_norm():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from batchproof.cli import words
 from batchproof.errors import BatchproofError
@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "json", "sarif", "junit", "html")
 AUDITED = 512  # steps that a run of the lab is audited on
+MODEL = (
+    "a Stable-Baselines3 or sb3-contrib .zip; the folder of a `batchproof train` run; or "
+    "package.module:factory, a function of yours that gives a torch module or a Subject (runs "
+    "your code, so it needs --trust)"
+)
+MODEL_TO_FIX = (
+    "a Stable-Baselines3 or sb3-contrib .zip, such as `batchproof export RUN --format sb3` writes; "
+    "or package.module:factory, a function of yours that gives a Subject of such a model (runs "
+    "your code, so it needs --trust)"
+)
 REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")  # package.module:factory
 
 
@@ -83,11 +93,10 @@ def add_to(commands: Any) -> None:
         allow_abbrev=False,
     )
     fix.set_defaults(run=_fix)
-    _add_model(fix)
+    _add_model(fix, MODEL_TO_FIX)
     add = fix.add_argument
     add(
-        "-o",
-        "--output",
+        *words.output("-o", "--output"),
         required=True,
         type=words.file,
         metavar="OUT",
@@ -108,20 +117,20 @@ def add_to(commands: Any) -> None:
     rules.set_defaults(run=_rules)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, model: str = MODEL) -> None:
     add = parser.add_argument
-    help_ = (
-        "a Stable-Baselines3 or sb3-contrib .zip; the folder of a `batchproof train` run; or "
-        "package.module:factory, a function of yours that gives a torch module or a Subject (runs "
-        "your code, so it needs --trust)"
-    )
-    add("model", type=words.model, metavar="MODEL", help=help_)
+    add("model", type=words.model, metavar="MODEL", help=model)
     help_ = "observations: .npy, .npz or Parquet [the model's replay buffer, where it has one]"
     add("--obs", type=words.file, metavar="FILE", help=help_)
     help_ = (
         "collect observations, and transitions for critics, in this environment, with the policy"
     )
     add("--env", metavar="ID", help=help_)
+    help_ = (
+        "put the normalizer that VecNormalize.save wrote in training around --env (a pickle, so it "
+        "needs --trust)"
+    )
+    add("--vecnormalize", type=words.file, metavar="FILE", help=help_)
     help_ = "run code that comes with MODEL: unpickle it, or import package.module"
     add("--trust", action="store_true", help=help_)
 
@@ -136,7 +145,8 @@ def add_whose(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     help_ = "write there, not to standard output"
-    parser.add_argument("--output", type=words.file, metavar="FILE", help=help_)
+    names = words.output("--output")
+    parser.add_argument(*names, type=words.file, metavar="FILE", help=help_)
 
 
 @contextmanager
@@ -156,8 +166,7 @@ def _audit(args: argparse.Namespace, command: str) -> int:
     _check_model(args)
     from batchproof.clinic import formats, rules
 
-    for codes in (args.only, args.ignore):  # a mistyped code is told before the work
-        rules.select(codes)
+    _check_rules(args)  # a mistyped code is told before the work
     subject = _subject(args)
     with _progress() as tell:
         report = rules.audit(subject, only=args.only, ignore=args.ignore or (), progress=tell)
@@ -205,12 +214,10 @@ def _fix(args: argparse.Namespace, command: str) -> int:
     out = args.output
     if out.suffix != ".zip":
         raise BatchproofError(f"-o {out}: the fixed model is a .zip: write {out}.zip")
-    if out.exists() and Path(args.model).exists() and out.samefile(args.model):
-        raise BatchproofError(f"-o {out} is MODEL itself, which is never overwritten: name another")
     from batchproof import records
     from batchproof.clinic import formats
-    from batchproof.clinic.fix import FIXES, fix
-    from batchproof.clinic.rules import all_rules, audit
+    from batchproof.clinic.fix import FIXES, fix, only_named
+    from batchproof.clinic.rules import Status, all_rules, audit
 
     for name in args.only or ():
         if name not in FIXES and name not in all_rules():
@@ -233,10 +240,8 @@ def _fix(args: argparse.Namespace, command: str) -> int:
         label = f"{one.name} ({one.code})" if one.code else one.name
         if one.applied:
             print(f"applied {label}: {', '.join(one.changed)}")
-            if one.code:
-                print(
-                    f"  measure over its threshold: {one.before:.3g} before, {one.after:.3g} after"
-                )
+            if one.fall:
+                print(f"  {one.fall}")
             if not math.isnan(one.gap):
                 print(f"  action as deployed: changed by at most {one.gap:.3g}")
         else:
@@ -245,13 +250,34 @@ def _fix(args: argparse.Namespace, command: str) -> int:
             print(f"not applied {label}: {why}")
     if not any(one.applied for one in done):
         print(f"nothing was changed, and {out} was not written")
+        to_name = only_named(report)
+        if to_name and report.clean and not args.only:
+            named = ",".join(to_name)
+            print(f"what is to be reviewed is mended where you name it: --only {named} --unsafe")
         return 0 if report.clean else 1
     with records.replacing(out) as file:
-        subject.model.save(file)
+        _save(subject.model, file, out)
     with _progress() as tell:
         report = audit(subject, only=codes, progress=tell)
-    print(f"after: {formats.summary(report)}\n{out}: the fixed model")
+    failing = [code for code, outcome in report.outcomes.items() if outcome.status is Status.FAIL]
+    print(f"after: {formats.summary(report)}")
+    if failing:
+        print(f"still failing: {', '.join(failing)}")
+    print(f"{out}: the fixed model")
     return 0 if report.clean else 1
+
+
+def _save(model: Any, file: IO[bytes], out: Path) -> None:
+    try:
+        model.save(file)
+    except OSError:  # of the file, which is told as such
+        raise
+    except Exception as error:  # what somebody keeps in a model may refuse to be pickled
+        line = " ".join(str(error).split())
+        raise BatchproofError(
+            f"{out} was not written: the fixed model's own save fails "
+            f"({type(error).__name__}: {line}): take out of the model what it cannot save"
+        ) from error
 
 
 def _trace_if_any(subject: Subject) -> Trace | None:
@@ -262,7 +288,7 @@ def _trace_if_any(subject: Subject) -> Trace | None:
         return None
     try:
         return trace(subject)
-    except BatchproofError:
+    except Exception:  # an update may do anything, and the report has its findings without it
         return None
 
 
@@ -348,14 +374,54 @@ def _check_model(args: argparse.Namespace) -> None:
             f"{args.model}: no such file; MODEL is a Stable-Baselines3 .zip, the folder of a "
             "`batchproof train` run, or package.module:factory with --trust"
         )
-    if args.obs is not None and not args.obs.is_file():
-        raise BatchproofError(f"--obs {args.obs}: no such file")
+    _check_vecnormalize(args)
+    for option in ("obs", "vecnormalize"):
+        path = getattr(args, option)
+        if path is not None and not path.is_file():
+            what = "a folder: name a file" if path.is_dir() else "no such file"
+            raise BatchproofError(f"--{option} {path}: {what}")
     if args.output is not None and not args.output.absolute().parent.is_dir():
         raise BatchproofError(f"{args.output}: its folder does not exist: make it first")
+    words.check_output(args.output, *_model_files(args.model), args.obs, args.vecnormalize)
+
+
+def _check_vecnormalize(args: argparse.Namespace) -> None:
+    """Raise a `BatchproofError` where a normalizer's file has nothing to go around."""
+    if args.vecnormalize is None:
+        return
+    if _is_run(args.model) or _is_reference(args.model):
+        raise BatchproofError("--vecnormalize is for a Stable-Baselines3 .zip: leave it out")
+    if args.env is None:
+        raise BatchproofError("--vecnormalize goes around an environment: add --env ID")
+
+
+def _model_files(model: str) -> list[Path]:
+    """The files that MODEL may name; of Python code those that it is looked for in first."""
+    if not _is_reference(model):
+        return [Path(model)]
+    module = Path(*model.partition(":")[0].split("."))
+    return [module.with_suffix(".py"), module / "__init__.py"]
+
+
+def _check_rules(args: argparse.Namespace) -> None:
+    """Raise a `BatchproofError` where no rule would run: nothing found would pass for all well."""
+    from batchproof.clinic import rules
+
+    left_out = rules.select(args.ignore or ())
+    chosen = rules.select(args.only)
+    if all(
+        code in left_out or (rule.on_request and args.only is None) for code, rule in chosen.items()
+    ):
+        only = f" of --only {','.join(args.only)}" if args.only is not None else ""
+        raise BatchproofError(
+            f"--ignore {','.join(args.ignore)} leaves no rule{only} to run: ignore fewer"
+        )
 
 
 def _subject(args: argparse.Namespace) -> Subject:
-    """What MODEL names, with its observations; it has been tried on two of them."""
+    """What MODEL names, with its observations; it can act on them."""
+    from batchproof.clinic.subject import check_runs
+
     if _is_run(args.model):
         subject = _from_run(args)
     elif _is_reference(args.model):
@@ -363,8 +429,15 @@ def _subject(args: argparse.Namespace) -> Subject:
     else:
         from batchproof.sb3.loading import load_subject
 
-        subject = load_subject(Path(args.model), obs=args.obs, env=args.env, trust=args.trust)
-    _try(subject)
+        subject = load_subject(
+            Path(args.model),
+            obs=args.obs,
+            env=args.env,
+            trust=args.trust,
+            vecnormalize=args.vecnormalize,
+        )
+    if args.run is not _audit:  # an audit tries it itself, and has a rule for weights that are NaN
+        check_runs(subject)
     return subject
 
 
@@ -384,9 +457,9 @@ def _from_reference(reference: str, obs: Path | None) -> Subject:
             found = getattr(found, name)
         if not isinstance(found, Subject | nn.Module):
             found = found()
-    except BatchproofError:
+    except (BatchproofError, KeyboardInterrupt):
         raise
-    except Exception as error:  # their code may raise anything
+    except BaseException as error:  # their code may raise anything, and sys.exit(0) is no audit
         raise BatchproofError(f"{reference}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
@@ -434,25 +507,6 @@ def observations(path: Path, size: int) -> Any:
     found = read_observations(path)
     check_against(found, (size,), str(path))
     return found.float().numpy()  # type: ignore[union-attr]
-
-
-def _try(subject: Subject) -> None:
-    """Raise a `BatchproofError` where the policy cannot take the observations at all."""
-    import torch
-
-    from batchproof.clinic.subject import take, tensors, unchanged
-
-    try:
-        with unchanged(subject), torch.no_grad():
-            subject.policy(take(subject.obs, slice(0, 2)))
-    except BatchproofError:
-        raise
-    except Exception as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in tensors(subject.obs))
-        raise BatchproofError(
-            f"{subject.name} cannot take these observations, {shapes}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -31,9 +31,13 @@ from batchproof.clinic.rules import (
 from batchproof.clinic.subject import Subject, rows, take, unchanged
 from batchproof.clinic.trace import trace
 from batchproof.errors import BatchproofError
+from batchproof.modes import Slot
 
 PLAN = "TEETE"
 """The plan of set-modes where none can be traced: TD3's, with the critic in `E` in slot 3."""
+
+TARGET_ACTION = "BP308"
+"""The rule that needs slot 2 in `E` too."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,30 @@ class Fixed:
     after: float = float("nan")
     gap: float = float("nan")
 
+    @property
+    def fall(self) -> str:
+        """How far the measure fell, in words; '' where two numbers do not say it."""
+        if not (0 < self.before < math.inf and math.isfinite(self.after)):
+            return ""
+        return f"measure over its threshold: {self.before:.3g} before, {self.after:.3g} after"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a fix is asked for.
+
+    Attributes:
+        code: the rule whose finding it is to mend; '' where it was asked for by its own name.
+        plan: the mode plan to set; None leaves the choice to the fix.
+    """
+
+    code: str = ""
+    plan: str | None = None
+
+
+Way = Callable[[Subject, Asked], list[str]]
+"""Changes a subject in place and says what it changed."""
+
 
 @dataclass(frozen=True)
 class Fix:
@@ -69,14 +97,14 @@ class Fix:
         name: as rules give it in ``fix``.
         title: what it does, in one line.
         safe: whether the outputs as deployed stay as they are and learning is not its purpose.
-        ways: functions of the subject and the plan that change it in place and say what they
-            changed; the first that lowers the measure stays.
+        ways: functions that change the subject in place and say what they changed; the first that
+            lowers the measure stays.
     """
 
     name: str
     title: str
     safe: bool
-    ways: tuple[Callable[[Subject, str | None], list[str]], ...]
+    ways: tuple[Way, ...]
 
 
 FIXES: dict[str, Fix] = {}
@@ -87,7 +115,7 @@ def fix(
     subject: Subject,
     outcomes: Report | Mapping[str, Outcome] | Iterable[Outcome],
     *,
-    only: Sequence[str] | None = None,
+    only: Sequence[str] | str | None = None,
     unsafe: bool = False,
     plan: str | None = None,
 ) -> list[Fixed]:
@@ -99,11 +127,12 @@ def fix(
     Args:
         subject: its networks, and its library's model, are changed.
         outcomes: a report, or outcomes of rules.
-        only: codes of rules or names of fixes. None takes every failure. What is only to be
-            reviewed is mended where it is named here, and a fix named here without any finding is
-            applied on its own.
+        only: codes of rules or names of fixes, or a single one. None takes every failure. What is
+            only to be reviewed is mended where it is named here, and a fix named here without any
+            finding is applied on its own.
         unsafe: apply unsafe fixes too.
-        plan: the mode plan of ``set-modes``; None takes the traced one with `E` in slot 3.
+        plan: the mode plan of ``set-modes``; None takes the traced one, changed where the rule
+            needs it.
 
     Returns:
         One entry for each fix that was wanted, with what it did or why it did nothing.
@@ -111,6 +140,7 @@ def fix(
     Raises:
         BatchproofError: a name in ``only`` that is neither a code nor a fix.
     """
+    only = [only] if isinstance(only, str) else only
     done: list[Fixed] = []
     for code, name in _wanted(_by_code(outcomes), only):
         one = FIXES[name]
@@ -118,8 +148,18 @@ def fix(
             reason = "unsafe: it changes outputs or learning; ask for it with unsafe=True"
             done.append(Fixed(name, code, False, reason=reason))
         else:
-            done.append(_try(subject, one, code, plan))
+            done.append(_try(subject, one, Asked(code, plan)))
     return done
+
+
+def only_named(outcomes: Report | Mapping[str, Outcome] | Iterable[Outcome]) -> list[str]:
+    """Codes that are to be reviewed and have a fix: it is applied only where they are named."""
+    rules = all_rules()
+    return [
+        code
+        for code, outcome in sorted(_by_code(outcomes).items())
+        if outcome.status is Status.REVIEW and outcome.findings and rules[code].fix in FIXES
+    ]
 
 
 def _by_code(outcomes: Report | Mapping[str, Outcome] | Iterable[Outcome]) -> dict[str, Outcome]:
@@ -152,7 +192,8 @@ def _wanted(outcomes: dict[str, Outcome], only: Sequence[str] | None) -> list[tu
     return wanted + [("", n) for n in only or () if n in FIXES and n not in found]
 
 
-def _try(subject: Subject, one: Fix, code: str, plan: str | None) -> Fixed:
+def _try(subject: Subject, one: Fix, asked: Asked) -> Fixed:
+    code = asked.code
     before = _measure(subject, code)
     if code and before[0] == 0:
         return Fixed(
@@ -163,29 +204,40 @@ def _try(subject: Subject, one: Fix, code: str, plan: str | None) -> Fixed:
     for way in one.ways:
         saved = Snapshot(subject)
         try:
-            changed = way(subject, plan)
+            changed = way(subject, asked)
+            if changed:
+                result = _judged(subject, one, code, changed, before, deployed)
         except BatchproofError as error:
-            saved.restore()
             result = Fixed(one.name, code, False, reason=str(error), before=before[2])
-            continue
         except BaseException:
             saved.restore()
             raise
-        if not changed:
-            saved.restore()
-            continue
-        after = _measure(subject, code)
-        gap = probe.difference(_deployed(subject), deployed)
-        reason = ""
-        if code and not after < before:
-            reason = "rolled back: the measure did not fall"
-        elif one.safe and not gap <= _rounding(deployed):
-            reason = f"rolled back: it would change the deployed output by {gap:.3g}"
-        result = Fixed(one.name, code, not reason, tuple(changed), reason, before[2], after[2], gap)
-        if not reason:
+        if result.applied:
             return result
         saved.restore()
     return result
+
+
+def _judged(
+    subject: Subject,
+    one: Fix,
+    code: str,
+    changed: list[str],
+    before: tuple[int, int, float],
+    deployed: Tensor,
+) -> Fixed:
+    """Whether what a fix changed was any help, and left alone what it must."""
+    try:
+        after = _measure(subject, code)
+        gap = probe.difference(_deployed(subject), deployed)
+    except BatchproofError as error:  # it broke the policy
+        return Fixed(one.name, code, False, tuple(changed), f"rolled back: {error}", before[2])
+    reason = ""
+    if code and not after < before:
+        reason = "rolled back: the measure did not fall"
+    elif one.safe and not gap <= _rounding(deployed):
+        reason = f"rolled back: it would change the deployed output by {gap:.3g}"
+    return Fixed(one.name, code, not reason, tuple(changed), reason, before[2], after[2], gap)
 
 
 def _measure(subject: Subject, code: str) -> tuple[int, int, float]:
@@ -202,8 +254,10 @@ def _excess(value: float, threshold: float) -> float:
     """How far a finding's value is on the wrong side of its threshold, as a ratio."""
     if math.isnan(value):
         return math.inf
-    if not math.isfinite(threshold) or threshold == 0 or value == 0:
+    if not math.isfinite(threshold) or threshold == 0:
         return abs(value)
+    if value == 0:  # too small by any factor
+        return math.inf
     ratio = abs(value / threshold)
     return max(ratio, 1 / ratio)
 
@@ -269,13 +323,11 @@ class Snapshot:
 # ------------------------------------------------------------------------------------- the fixes
 
 
-def _register(
-    name: str, title: str, safe: bool, *ways: Callable[[Subject, str | None], list[str]]
-) -> None:
+def _register(name: str, title: str, safe: bool, *ways: Way) -> None:
     FIXES[name] = Fix(name, title, safe, ways)
 
 
-def _eval_when_acting(subject: Subject, plan: str | None) -> list[str]:
+def _eval_when_acting(subject: Subject, asked: Asked) -> list[str]:
     with unchanged(subject), torch.no_grad(), probe.recorded(subject.networks) as calls:
         subject.act(take(subject.obs, slice(0, 2)))
     changed = {}
@@ -288,7 +340,7 @@ def _eval_when_acting(subject: Subject, plan: str | None) -> list[str]:
     return list(changed.values())
 
 
-def _eval_targets(subject: Subject, plan: str | None) -> list[str]:
+def _eval_targets(subject: Subject, asked: Asked) -> list[str]:
     chosen = subject.plan() if subject.plan is not None else None
     if chosen is not None:
         raise BatchproofError(
@@ -304,7 +356,7 @@ def _eval_targets(subject: Subject, plan: str | None) -> list[str]:
     return changed
 
 
-def _sync_targets(subject: Subject, plan: str | None) -> list[str]:
+def _sync_targets(subject: Subject, asked: Asked) -> list[str]:
     changed = []
     for target, online in subject.targets.items():
         source = dict(subject.networks[online].named_buffers())
@@ -316,22 +368,36 @@ def _sync_targets(subject: Subject, plan: str | None) -> list[str]:
     return changed
 
 
-def _recalibrate(subject: Subject, plan: str | None) -> list[str]:
+def _recalibrate(subject: Subject, asked: Asked) -> list[str]:
     return [str(done) for done in recalibrate(subject)]
 
 
-def _fold(subject: Subject, plan: str | None) -> list[str]:
+def _fold(subject: Subject, asked: Asked) -> list[str]:
     # A library that loads by building the networks anew needs the names of the state to stay.
     return [str(done) for done in fold(subject, keep_layers=subject.model is not None)]
 
 
-def _cured(subject: Subject) -> str:
-    """The plan that the model trains under, with the critic in `E` in the actor's loss."""
+def _cured(subject: Subject, code: str) -> str:
+    """The plan that the model trains under, changed where the rule needs it.
+
+    That is slot 3, the critic in the actor's loss, in `E`. Where target actions are at fault it is
+    slot 2 and acting, and slot 3 only if it is in `T`, in which no plan may leave it.
+    """
     traced = trace(subject).plan if subject.update is not None else ""
-    return traced[:2] + "E" + traced[3:] if len(traced) == 5 else PLAN
+    if len(traced) != 5:
+        return PLAN
+    letters = list(traced)  # of slots 1 to 5
+    chosen = (subject.plan() or "") if subject.plan is not None else ""
+    acting = chosen[0] if len(chosen) == 6 else ""
+    if code == TARGET_ACTION:
+        acting = ""
+        letters[Slot.TARGET_ACTION - 1] = "E"
+    if code != TARGET_ACTION or letters[Slot.POLICY_Q - 1] in "Tt":
+        letters[Slot.POLICY_Q - 1] = "E"
+    return acting + "".join(letters)
 
 
-def _set_modes(subject: Subject, plan: str | None) -> list[str]:
+def _set_modes(subject: Subject, asked: Asked) -> list[str]:
     if not type(subject.model).__module__.startswith(
         ("stable_baselines3.", "sb3_contrib.")
     ) and not any(
@@ -340,19 +406,19 @@ def _set_modes(subject: Subject, plan: str | None) -> list[str]:
         return []
     from batchproof.sb3.modes import set_modes
 
-    plan = plan or _cured(subject)
+    plan = asked.plan or _cured(subject, asked.code)
     set_modes(subject.model, plan)
     return [f"the model trains under the mode plan {plan}"]
 
 
-def _replace_by(kind: str) -> Callable[[Subject, str | None], list[str]]:
-    def way(subject: Subject, plan: str | None) -> list[str]:
+def _replace_by(kind: str) -> Way:
+    def way(subject: Subject, asked: Asked) -> list[str]:
         return _edit(subject, kind, [f for f in _running(subject) if f.couples_train])
 
     return way
 
 
-def _freeze(subject: Subject, plan: str | None) -> list[str]:
+def _freeze(subject: Subject, asked: Asked) -> list[str]:
     return _edit(subject, "frozen", [f for f in _running(subject) if f.moves_train or f.moves_eval])
 
 
@@ -363,13 +429,16 @@ def _running(subject: Subject) -> list[LayerFacts]:
 # ------------------------------------------------------------- layers that take another's place
 
 
+KINDS = ("renorm", "layer", "group", "frozen")
+
+
 @dataclass(frozen=True)
 class Edit:
     """One layer put in another's place; kept so that a network built anew can be given it too.
 
     Attributes:
         path: the old layer's, from the root that the library builds.
-        kind: ``renorm``, ``layer``, ``group`` or ``frozen``.
+        kind: one of `KINDS`.
         old: its class, by module and name.
         mean: its buffer of means.
         var: its buffer of variances, '' for none.
@@ -388,6 +457,30 @@ class Edit:
     shift: str
     momentum: float
     maps: bool
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can say it: without NaN."""
+        return asdict(self) | {"momentum": None if math.isnan(self.momentum) else self.momentum}
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> Edit:
+        """The way back.
+
+        Raises:
+            ValueError: something that `to_plain` does not give.
+        """
+        names = {each.name for each in fields(cls)}
+        if not isinstance(plain, dict) or set(plain) != names or plain["kind"] not in KINDS:
+            raise ValueError("no edit of a layer")
+        momentum = math.nan if plain["momentum"] is None else plain["momentum"]
+        words = [plain[name] for name in names - {"momentum", "maps"}]
+        if (
+            not all(isinstance(word, str) and len(word) <= 1000 for word in words)
+            or type(momentum) not in (int, float)
+            or type(plain["maps"]) is not bool
+        ):
+            raise ValueError("no edit of a layer")
+        return cls(**plain | {"momentum": float(momentum)})
 
     def apply(self, root: nn.Module) -> bool:
         """Edit the layer at this path, or at an end of it, below ``root``; whether there is one."""
@@ -476,7 +569,7 @@ def _edit(subject: Subject, kind: str, layers: list[LayerFacts]) -> list[str]:
         what = "statistics frozen" if kind == "frozen" else f"replaced by {type(new).__name__}"
         changed.append(f"{role}.{path}: {what}")
     if edits and hasattr(subject.model, "policy_class"):
-        subject.model.policy_class = _rebuilding(subject.model.policy_class, tuple(edits))
+        subject.model.policy_class = rebuilding(subject.model.policy_class, edits)
     return changed
 
 
@@ -485,34 +578,57 @@ def _library_modules(subject: Subject) -> list[tuple[str, nn.Module]]:
     return list(policy.named_modules()) if isinstance(policy, nn.Module) else []
 
 
-def _rebuilding(policy_class: Any, edits: tuple[Edit, ...]) -> Any:
-    """A Stable-Baselines3 policy class that edits its networks before it makes their optimizers.
+class Edited:
+    """A Stable-Baselines3 policy that edits its networks before it makes their optimizers.
 
-    ``load`` builds the policy anew and then reads its weights, so the class must know the layers.
+    Comes before the policy's own class. ``load`` builds the policy anew and then reads its weights,
+    so the class must know the layers. It holds nothing but plain values, which the library's
+    ``save`` writes as readable JSON too: `batchproof.sb3.loading` unpickles nothing.
     """
 
-    class Edited(policy_class):
-        def make_features_extractor(self) -> Any:
-            return apply_all(super().make_features_extractor(), edits)
+    batchproof_policy = ""
+    batchproof_edits: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()
 
-        def make_actor(self, *args: Any, **kwargs: Any) -> Any:
-            return apply_all(super().make_actor(*args, **kwargs), edits)
+    def make_features_extractor(self) -> Any:
+        """The policy's own, edited."""
+        return self._edited(super().make_features_extractor())  # type: ignore[misc]
 
-        def make_critic(self, *args: Any, **kwargs: Any) -> Any:
-            return apply_all(super().make_critic(*args, **kwargs), edits)
+    def make_actor(self, *args: Any, **kwargs: Any) -> Any:
+        """The policy's own, edited."""
+        return self._edited(super().make_actor(*args, **kwargs))  # type: ignore[misc]
 
-        def make_q_net(self) -> Any:
-            return apply_all(super().make_q_net(), edits)
+    def make_critic(self, *args: Any, **kwargs: Any) -> Any:
+        """The policy's own, edited."""
+        return self._edited(super().make_critic(*args, **kwargs))  # type: ignore[misc]
 
-        def make_quantile_net(self) -> Any:
-            return apply_all(super().make_quantile_net(), edits)
+    def make_q_net(self) -> Any:
+        """The policy's own, edited."""
+        return self._edited(super().make_q_net())  # type: ignore[misc]
 
-        def _build_mlp_extractor(self) -> None:
-            super()._build_mlp_extractor()
-            apply_all(self.mlp_extractor, edits)
+    def make_quantile_net(self) -> Any:
+        """The policy's own, edited."""
+        return self._edited(super().make_quantile_net())  # type: ignore[misc]
 
-    Edited.__name__ = policy_class.__name__
-    return Edited
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()  # type: ignore[misc]
+        self._edited(self.mlp_extractor)  # type: ignore[attr-defined]
+
+    def _edited(self, root: nn.Module) -> nn.Module:
+        return apply_all(root, [Edit.from_plain(edit) for edit in self.batchproof_edits])
+
+
+def rebuilding(policy_class: Any, edits: Iterable[Edit]) -> Any:
+    """The policy class with edits, after those that it has already."""
+    plain = [edit.to_plain() for edit in edits]
+    if "batchproof_edits" in vars(policy_class):
+        plain = [*policy_class.batchproof_edits, *plain]
+        policy_class = policy_class.__bases__[1]
+    known = {
+        "batchproof_policy": f"{policy_class.__module__}.{policy_class.__qualname__}",
+        "batchproof_edits": plain,
+        "__module__": __name__,
+    }
+    return type(policy_class.__name__, (Edited, policy_class), known)
 
 
 def apply_all(root: nn.Module, edits: Iterable[Edit]) -> nn.Module:

@@ -60,9 +60,10 @@ def fold(
     Args:
         subject_or_module: a subject, or a module that maps observations (B, ...).
         obs: observations to prove it on; None takes the subject's.
-        keep_layers: leave the normalization layer in its place, with mean 0, variance 1, scale 1
-            and shift 0, so that the names of the state stay: a library that builds the network anew
-            before it loads weights needs that. Otherwise an `nn.Identity` takes its place.
+        keep_layers: leave the normalization layer in its place, with mean -0, variance 1, scale 1
+            and shift 0 (`is_folded`), so that the names of the state stay: a library that builds
+            the network anew before it loads weights needs that. Otherwise an `nn.Identity` takes
+            its place.
 
     Returns:
         What was folded, in the order of the forward pass.
@@ -222,12 +223,31 @@ def affine_names(layer: LayerFacts) -> tuple[str, str]:
     return scale, shift
 
 
+def is_folded(layer: LayerFacts) -> bool:
+    """Whether a layer with running statistics is one that `fold` left in its place, neutral.
+
+    Mean -0, variance 1, scale 1 and shift 0 for all features. A fresh layer has mean +0: the sign
+    is the mark of a fold. It survives saving and loading, changes no output, and is gone as soon
+    as the statistics move.
+    """
+    module = layer.call.module
+    buffers = dict(module.named_buffers(recurse=False))
+    mean = buffers[layer.mean_buffer]
+    if not bool(((mean == 0) & mean.signbit()).all()):
+        return False
+    if layer.var_buffer and not bool((buffers[layer.var_buffer] == 1).all()):
+        return False
+    scale, shift = affine_names(layer)
+    neutral = [(name, value) for name, value in ((scale, 1.0), (shift, 0.0)) if name]
+    return all(bool((getattr(module, name) == value).all()) for name, value in neutral)
+
+
 def _neutralize(layer: LayerFacts) -> None:
-    """Running mean 0 and variance 1, scale 1 and shift 0."""
+    """Running mean -0 and variance 1, scale 1 and shift 0, as `is_folded` knows them."""
     module = layer.call.module
     scale, shift = affine_names(layer)
     buffers = dict(module.named_buffers(recurse=False))
-    buffers[layer.mean_buffer].data.zero_()
+    buffers[layer.mean_buffer].data.fill_(-0.0)
     if layer.var_buffer:
         buffers[layer.var_buffer].data.fill_(1.0)
     if scale:

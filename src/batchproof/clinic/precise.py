@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from batchproof.clinic import probe
+from batchproof.clinic.fold import is_folded
 from batchproof.clinic.probe import LayerFacts
 from batchproof.clinic.subject import Obs, Subject, Transitions, rows, take, training_mode
 from batchproof.errors import BatchproofError
@@ -64,6 +65,8 @@ def recalibrate(
     subject_or_module: Subject | nn.Module, obs: Obs | None = None, *, batch_size: int = 256
 ) -> list[Recalibrated]:
     """Give every layer with running statistics those of the given data, in place.
+
+    Layers that `fold` left neutral stay so.
 
     In a subject with transitions the critics are recalibrated on (s, a) and (s', pi(s')) together,
     the mixture that a TD update puts through them. Everything else, modes and random state
@@ -145,7 +148,9 @@ def _layers(subject: Subject, passes: _Passes) -> list[LayerFacts]:
     """Layers with running statistics, in the order of the forward pass."""
     with probe.recorded(subject.networks, keep=1) as calls:
         next(passes(PROBED))()
-    return [layer for layer in probe.layer_facts(calls) if layer.mean_buffer and layer.var_buffer]
+    found = [layer for layer in probe.layer_facts(calls) if layer.mean_buffer and layer.var_buffer]
+    # A folded layer has no statistics of its own: new ones would undo its share of the fold.
+    return [layer for layer in found if not is_folded(layer)]
 
 
 def _recalibrate(layer: LayerFacts, passes: Iterator[Callable[[], object]]) -> Recalibrated:

@@ -9,6 +9,7 @@ Shapes: ``B`` rows of one batch, ``F`` features.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ def recorded(networks: Mapping[str, nn.Module], keep: int | None = None) -> Iter
             if keep is not None and counts[id(module)] > keep:
                 return
             new = dict(module.named_buffers(recurse=False))
-            moved = tuple(k for k, v in new.items() if k not in old or not _same(old[k], v))
+            moved = tuple(k for k, v in new.items() if k not in old or not same(old[k], v))
             calls.append(
                 Call(
                     role=role,
@@ -139,8 +140,9 @@ def recorded(networks: Mapping[str, nn.Module], keep: int | None = None) -> Iter
             handle.remove()
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.equal(a, b))
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two states are one: NaN in the same place is the same, though NaN != NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 @contextmanager
@@ -321,7 +323,7 @@ def layer_facts(calls: list[Call]) -> list[LayerFacts]:
 
     def look(key: tuple[str, str]) -> list[tuple[int, LayerFacts]]:
         index, call = first[key]
-        ran, facts = _facts(_fewer_rows(call))
+        ran, facts = _facts(_without_nan(_fewer_rows(call)))
         # A dead network hides what its layers do, so one with buffers is looked into all the same.
         if ran and facts is None and not any(True for _ in call.module.buffers()):
             return []
@@ -353,6 +355,27 @@ def _fewer_rows(call: Call) -> Call:
     )
 
 
+def _without_nan(call: Call) -> Call:
+    """The call on normal noise where its input is not a number.
+
+    A NaN from a layer before would hide what this one does to rows that are numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        if not floating or not bool(value.isnan().any()):
+            return value
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        return torch.where(value.isfinite(), value, noise)
+
+    return replace(
+        call,
+        inputs=tuple(numbers(value) for value in call.inputs),
+        kwargs={key: numbers(value) for key, value in call.kwargs.items()},
+    )
+
+
 def _facts(call: Call) -> tuple[bool, LayerFacts | None]:
     """Whether the module could be tried, and what it does if it does anything."""
     x = next((v for v in call.inputs if isinstance(v, Tensor) and v.is_floating_point()), None)
@@ -371,20 +394,21 @@ def _facts(call: Call) -> tuple[bool, LayerFacts | None]:
     if train_y is None or eval_y is None or train_y.ndim == 0:
         return False, None
     own = call.buffers
-    moves_train = tuple(k for k in own if k in after_train and not _same(own[k], after_train[k]))
-    moves_eval = tuple(k for k in own if k in after_eval and not _same(own[k], after_eval[k]))
-    random_train = not torch.equal(train_y, first_tensor(again))  # type: ignore[arg-type]
-    random_eval = not torch.equal(eval_y, first_tensor(again_eval))  # type: ignore[arg-type]
+    moves_train = tuple(k for k in own if k in after_train and not same(own[k], after_train[k]))
+    moves_eval = tuple(k for k in own if k in after_eval and not same(own[k], after_eval[k]))
+    random_train = not same(train_y, first_tensor(again))  # type: ignore[arg-type]
+    random_eval = not same(eval_y, first_tensor(again_eval))  # type: ignore[arg-type]
     try:
         couples_train = not random_train and coupling(call, training=True) > 0
         couples_eval = not random_eval and coupling(call, training=False) > 0
     except RuntimeError:
         return False, None  # it casts its input to float32 itself: its children are looked at
     mean, var, momentum = (
-        _running_buffers(x, own, after_train) if moves_train else ("", "", float("nan"))
+        _running_buffers(x, own, _precisely(call, after_train))
+        if moves_train
+        else ("", "", float("nan"))
     )
-    same_shape = train_y.shape == eval_y.shape
-    gap = float((train_y - eval_y).abs().max()) if same_shape and train_y.numel() else 0.0
+    gap = largest_gap(train_y, eval_y) if train_y.shape == eval_y.shape else 0.0
     if not (
         couples_train or couples_eval or moves_train or moves_eval or random_train or random_eval
     ):
@@ -405,6 +429,22 @@ def _facts(call: Call) -> tuple[bool, LayerFacts | None]:
         momentum=momentum,
         call=call,
     )
+
+
+def _precisely(call: Call, after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Buffers after a pass in train mode, in float64 where their own type is coarser than float32.
+
+    Rounding to three digits would hide by which share of the way they moved.
+    """
+    if all(torch.finfo(v.dtype).bits >= 32 for v in after.values() if v.is_floating_point()):
+        return after
+    module = replica(call).double().train()
+    try:
+        with torch.no_grad(), _seeded(0):
+            module(*_to_double(call.inputs), **_to_double(call.kwargs))
+    except RuntimeError:  # it casts its input itself
+        return after
+    return {k: v.detach() for k, v in module.named_buffers()}
 
 
 def _second_draw(call: Call, training: bool) -> Any:
@@ -446,8 +486,9 @@ def coupling(call: Call, training: bool | None = None) -> float:
             after = first_tensor(module(*changed, **kwargs))
     if before is None or after is None or before.shape != after.shape or len(before) < 2:
         return 0.0
-    gap = float((before[1:] - after[1:]).abs().max()) if before[1:].numel() else 0.0
-    scale = max(float(before.abs().max()), 1e-30) if before.numel() else 1.0
+    gap = largest_gap(before[1:], after[1:])
+    finite = before[before.isfinite()]
+    scale = max(float(finite.abs().max()), 1e-30) if finite.numel() else 1.0
     return gap if gap > ROUNDING * torch.finfo(torch.float64).eps * scale else 0.0
 
 
@@ -506,9 +547,12 @@ def _running_buffers(
         if new is None or not old.is_floating_point() or old.shape != mean.shape:
             continue
         old, new = old.double(), new.double()
+        sound = old.isfinite() & new.isfinite()  # features that a NaN is not stuck in
+        if not bool(sound.any()):
+            continue
         for which, choices in statistics.items():
             for statistic in choices:
-                gap, step = statistic - old, new - old
+                gap, step = (statistic - old)[sound], (new - old)[sound]
                 if not float(gap.abs().max()) > 0 or not float(step.abs().max()) > 0:
                     continue
                 rho = float((gap * step).sum() / (gap * gap).sum())
@@ -518,6 +562,15 @@ def _running_buffers(
     _, mean_name, rho = best.get("mean", (0.0, "", float("nan")))
     var_name = best.get("var", (0.0, "", 0.0))[1]
     return mean_name, var_name if var_name != mean_name else "", rho
+
+
+def largest_gap(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; 0 for two NaN or one infinity, infinite for NaN and a number."""
+    if not a.numel():
+        return 0.0
+    a, b = a.double(), b.double()
+    gap = torch.where((a == b) | (a.isnan() & b.isnan()), torch.zeros_like(a), a - b)
+    return float(gap.abs().nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
 def difference(a: Tensor, b: Tensor) -> float:

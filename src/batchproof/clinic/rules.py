@@ -7,12 +7,13 @@ check is ``skipped`` or ``not_applicable`` with a reason, never a pass.
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from batchproof.clinic import probe
 from batchproof.clinic.probe import Call, LayerFacts
 from batchproof.clinic.subject import (
     Subject,
+    check_runs,
     fingerprint,
     rows,
+    sound_weights,
     take,
     training_mode,
     unchanged,
@@ -41,6 +44,12 @@ FAMILIES = {
     6: "save, load and export",
 }
 """Rule families by the first digit of the code."""
+
+NOT_FINITE = "weights or outputs are not finite, see BP404"
+"""Why a rule could not be checked that compares numbers where some are NaN or infinite."""
+
+Whose = Literal["all", "act", "none"]
+"""Networks by what they do: all, those that act, none."""
 
 RULE_MODULES = ("batch", "modes", "slots", "statistics", "normalizers", "export")
 
@@ -136,6 +145,8 @@ class Rule:
         safe: whether that fix leaves outputs as deployed unchanged.
         references: issues and papers.
         on_request: takes seconds, so it runs only where `audit` is told codes and its own fits.
+        finite: whose weights and outputs must be finite for it to be checked: those of ``all``
+            networks, of those that ``act``, or of ``none``.
     """
 
     code: str
@@ -150,6 +161,7 @@ class Rule:
     safe: bool = True
     references: tuple[str, ...] = ()
     on_request: bool = False
+    finite: Whose = "all"
 
     @property
     def family(self) -> str:
@@ -218,6 +230,61 @@ class Examination:
                 if subject.target_actor is not None:
                     subject.target_actor(transitions.next_obs)
         return calls
+
+    @cached_property
+    def wrong_outputs(self) -> dict[str, Tensor]:
+        """Outputs that are not finite by what they are, ``act`` and ``policy`` of those that act.
+
+        Where actions have no known bounds, -inf beside finite entries is how others are ruled out.
+        """
+        subject, data = self.subject, self.subject.transitions
+        bounded = self.subject.action_low is not None
+        runs: dict[str, tuple[Callable[[], Tensor], bool]] = {
+            "act": (lambda: subject.act(self.batch), bounded),  # type: ignore[arg-type]
+            "policy": (lambda: subject.policy(self.batch), bounded),  # type: ignore[arg-type]
+        }
+        if data is not None:
+            critics = {"critic": subject.critic, "target critic": subject.target_critic}
+            for name, q in critics.items():
+                if q is not None:
+                    runs[name] = (partial(q, data.obs, data.action), True)
+            if subject.target_actor is not None:
+                runs["target actor"] = (partial(subject.target_actor, data.next_obs), True)
+        found = {}
+        for name, (run, strict) in runs.items():
+            output = self._tried(run, as_handed_over=name == "act")
+            if output is not None and not _are_numbers(output, strict):
+                found[name] = output
+        return found
+
+    def _tried(self, run: Callable[[], Tensor], as_handed_over: bool) -> Tensor | None:
+        """What a run gives, in eval mode where it has none of its own; None where it raises."""
+        with unchanged(self.subject), torch.no_grad():
+            try:
+                if as_handed_over:
+                    return run().detach()
+                with training_mode(self.subject, False):
+                    return run().detach()
+            except Exception:  # a rule that needs it will say so
+                return None
+
+    def is_finite(self, whose: Whose = "all") -> bool:
+        """Whether weights and outputs are finite, so that differences mean something.
+
+        Args:
+            whose: as in `Rule.finite`.
+        """
+        return whose == "none" or (self._acts_finite if whose == "act" else self._all_finite)
+
+    @cached_property
+    def _all_finite(self) -> bool:
+        return not self.wrong_outputs and sound_weights(*self.subject.networks.values())
+
+    @cached_property
+    def _acts_finite(self) -> bool:
+        networks = self.subject.networks
+        outputs = {"act", "policy"} & set(self.wrong_outputs)
+        return not outputs and sound_weights(*(networks[role] for role in self.acting_roles))
 
     @cached_property
     def layers(self) -> list[LayerFacts]:
@@ -303,8 +370,18 @@ class Report:
         return all(outcome.status is not Status.FAIL for outcome in self.outcomes.values())
 
 
-def select(codes: Iterable[str] | None) -> dict[str, Rule]:
-    """The rules of the given codes or prefixes (``BP3``); None is all.
+def _are_numbers(output: Tensor, strict: bool) -> bool:
+    """Whether an output (B, K) is finite; -inf beside finite entries passes unless ``strict``."""
+    if not output.is_floating_point():
+        return True
+    finite = torch.isfinite(output)
+    if strict or output.ndim < 2:
+        return bool(finite.all())
+    return bool((finite | (output == -math.inf)).all() and finite.flatten(1).any(1).all())
+
+
+def select(codes: Iterable[str] | str | None) -> dict[str, Rule]:
+    """The rules of the given codes or prefixes (``BP3``), or of a single one; None is all.
 
     Raises:
         BatchproofError: a code that no rule has.
@@ -313,7 +390,7 @@ def select(codes: Iterable[str] | None) -> dict[str, Rule]:
     if codes is None:
         return rules
     chosen: dict[str, Rule] = {}
-    for code in codes:
+    for code in (codes,) if isinstance(codes, str) else codes:
         matching = {key: value for key, value in rules.items() if key.startswith(code.upper())}
         if not matching or not code.upper().startswith("BP"):
             raise BatchproofError(f"unknown rule {code!r}: see `batchproof rules`")
@@ -324,25 +401,27 @@ def select(codes: Iterable[str] | None) -> dict[str, Rule]:
 def audit(
     subject: Subject,
     *,
-    only: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
+    only: Sequence[str] | str | None = None,
+    ignore: Sequence[str] | str = (),
     progress: Callable[[str], None] = lambda code: None,
 ) -> Report:
     """Run every rule. The subject is bit-identical afterwards, whatever happens.
 
     Args:
         subject: what to examine.
-        only: codes or prefixes (``BP3``) to run; None runs all but those on request, which are
-            reported as skipped.
-        ignore: codes or prefixes to leave out.
+        only: codes or prefixes (``BP3``) to run, or a single one; None runs all but those on
+            request, which are reported as skipped.
+        ignore: codes or prefixes to leave out, or a single one.
         progress: told each rule's code before it runs.
 
     Raises:
-        BatchproofError: an unknown code.
+        BatchproofError: an unknown code, or a policy that cannot take its observations.
     """
     began = time.perf_counter()
     left_out = select(ignore) if ignore else {}
     rules = {code: rule for code, rule in select(only).items() if code not in left_out}
+    # Else every rule would be skipped, and an audit that saw nothing be clean.
+    check_runs(subject, sick=True)
     examination = Examination(subject)
     outcomes: dict[str, Outcome] = {}
     with unchanged(subject):
@@ -372,10 +451,12 @@ def _run(one: Rule, examination: Examination) -> Outcome:
     began = time.perf_counter()
     try:
         with unchanged(examination.subject):
-            outcome = one.check(examination)
+            decidable = examination.is_finite(one.finite)
+            outcome = one.check(examination) if decidable else skipped(NOT_FINITE)
     # A policy may do anything; one that a rule cannot run is not an audit that fails.
     except Exception as error:
         line = " ".join(str(error).split())[:200]
-        outcome = skipped(f"could not run: {type(error).__name__}: {line}")
+        why = f"could not run: {type(error).__name__}: {line}"
+        outcome = skipped(why if examination.is_finite() else NOT_FINITE)
     seconds = time.perf_counter() - began
     return Outcome(outcome.status, outcome.reason, outcome.findings, one.code, seconds)

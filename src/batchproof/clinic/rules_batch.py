@@ -305,6 +305,7 @@ _THRESHOLD = (
         "d3rlpy issue 434",
         "Ioffe & Szegedy 2015, arXiv 1502.03167",
     ),
+    finite="act",
 )
 def action_depends_on_batch(exam: Examination) -> Outcome:
     """BP101."""
@@ -401,6 +402,7 @@ def _zeros(obs: Obs) -> Obs:
     "depends on the number of environments.",
     mend="Find the layer named, and let it treat each row by itself, or mask the padding.",
     references=("d3rlpy issue 434",),
+    finite="act",
 )
 def depends_on_companions(exam: Examination) -> Outcome:
     """BP102."""
@@ -425,12 +427,14 @@ def depends_on_companions(exam: Examination) -> Outcome:
     "An observation without a batch axis takes another path",
     what="Gives the policy one observation without a batch axis, and the same with one.",
     detected="value = max over 4 observations |policy(obs) - policy(obs[None])[0]|, and the same "
-    f"with act. {_THRESHOLD} A policy that refuses input without a batch axis passes.",
+    f"with act. {_THRESHOLD} A policy that refuses input without a batch axis passes; one that "
+    "refuses a batch too is skipped.",
     why="Code that skips batch normalization for a single observation, because train mode refuses "
     "it, neither uses the batch's statistics nor the running ones: the layer is bypassed (mode "
     "B), and the agent acts with a policy that no loss ever saw.",
     mend="Add the batch axis before the network and put it in eval mode; drop the special case.",
     references=("Udacity MADDPG course projects", "MA-BN, arXiv 2509.23750"),
+    finite="act",
 )
 def unbatched_input_takes_another_path(exam: Examination) -> Outcome:
     """BP103."""
@@ -443,6 +447,9 @@ def unbatched_input_takes_another_path(exam: Examination) -> Outcome:
         "policy": subject.policy,
     }
     for name, function in functions.items():
+        refusal = _refusal(subject, function)
+        if refusal:
+            return skipped(f"{name} refuses a batch too, so nothing can be compared: {refusal}")
         try:
             finding = _unbatched(subject, name, function)
         # Refusing is the right thing to do.
@@ -453,6 +460,15 @@ def unbatched_input_takes_another_path(exam: Examination) -> Outcome:
             return failed(finding)
         reasons.append(f"{name} {finding}")
     return passed("without a batch axis: " + ", ".join(reasons))
+
+
+def _refusal(subject: Acting, function: Callable[[Obs], Tensor]) -> str:
+    """Why a function takes no batch, in the precision as deployed; '' where it does."""
+    try:
+        once(subject.subject, lambda: function(subject.batch))
+    except Exception as caught:
+        return f"{type(caught).__name__}: {' '.join(str(caught).split())[:120]}"
+    return ""
 
 
 def _unbatched(subject: Acting, name: str, function: Callable[[Obs], Tensor]) -> Finding | str:
@@ -545,6 +561,7 @@ def _not_called(
     fix="eval-when-acting",
     safe=False,
     references=("Stable-Baselines3 issue 535", "tianshou issue 773", "ray issue 61961"),
+    finite="none",
 )
 def acting_changes_state(exam: Examination) -> Outcome:
     """BP104."""
@@ -610,7 +627,7 @@ def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _moved(old: Tensor, new: Tensor | None) -> float:
     if new is None or new.shape != old.shape:
         return float("inf")
-    return largest(gap(new, old))
+    return probe.largest_gap(new, old)
 
 
 @rule(
@@ -627,6 +644,7 @@ def _moved(old: Tensor, new: Tensor | None) -> float:
     mend="Put dropout and noise layers in eval mode when acting, pass deterministic=True down, and "
     "take the mean (or the argmax) instead of a sample.",
     references=("Gal & Ghahramani 2016, arXiv 1506.02142",),
+    finite="act",
 )
 def deterministic_output_is_random(exam: Examination) -> Outcome:
     """BP105."""
@@ -640,7 +658,7 @@ def deterministic_output_is_random(exam: Examination) -> Outcome:
     again, other = once(subject, act), once(subject, lambda: act(1))
     # Observations of one type and shape take one path: even the rounding is the same.
     limit = probe.ROUNDING * (torch.finfo(base.dtype).eps if base.is_floating_point() else 0.0)
-    limit *= largest(base)
+    limit *= largest(base[base.isfinite()])
     change, hidden = gap(other, base), gap(again, base)
     if not largest(hidden) <= limit:
         change = hidden

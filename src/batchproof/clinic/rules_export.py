@@ -42,7 +42,8 @@ TRACED = 6
 
 def _floor(*values: Tensor) -> float:
     """What rounding gives: `probe.ROUNDING` rounding errors of the largest value."""
-    scale = max((float(v.abs().max()) for v in values if v.numel()), default=0.0)
+    numbers = [v[v.isfinite()] for v in values]
+    scale = max((float(v.abs().max()) for v in numbers if v.numel()), default=0.0)
     floating = next((v for v in values if v.is_floating_point()), torch.empty(0))
     return probe.ROUNDING * torch.finfo(floating.dtype).eps * max(scale, 1e-30)
 
@@ -225,8 +226,8 @@ def _unsaved(network: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    return type(a) is type(b) and bool(a == b)
+        return probe.same(a, b)
+    return type(a) is type(b) and bool(a == b or (a != a and b != b))
 
 
 def _outermost(calls: list[Call], role: str) -> list[Call]:
@@ -258,7 +259,7 @@ def _output_gap(network: nn.Module, loaded: nn.Module, calls: list[Call]) -> tup
             _run(original.get_submodule(call.path), call),
             _run(loaded.get_submodule(call.path), call),
         )
-        found = probe.difference(y, z) if y.shape == z.shape else float("inf")
+        found = probe.largest_gap(y, z) if y.shape == z.shape else float("inf")
         if not found <= gap:
             gap, floor = found, _floor(y)
     return gap, floor
@@ -400,7 +401,7 @@ def _differences(
             message = f"{what}, {made}, fails: {line}"
             return [Finding(message, site=site, value=float("inf"), threshold=0.0)]
         floor = _floor(eager)
-        gap = probe.difference(eager, other) if eager.shape == other.shape else float("inf")
+        gap = probe.largest_gap(eager, other) if eager.shape == other.shape else float("inf")
         if not gap <= floor and (worst is None or gap > worst.value):
             message = f"{what}, {made}, differs from the policy by up to {gap:.3g}"
             worst = Finding(message, site=site, value=gap, floor=floor, threshold=floor)
@@ -414,7 +415,7 @@ def _train_mode(
     got = _evaluated(subject, exported, batch)
     with training_mode(subject, False):
         wanted = _evaluated(subject, subject.policy, batch)
-    gap, floor = probe.difference(got, wanted), _floor(wanted)
+    gap, floor = probe.largest_gap(got, wanted), _floor(wanted)
     return Finding(
         f"{what} was made in train mode and stays in it: {frozen[0].name} normalizes by whatever "
         "batch comes, or draws at random",
@@ -485,6 +486,7 @@ _MEND = (
     fix="restore-eval",
     safe=False,
     references=("https://docs.pytorch.org/docs/stable/generated/torch.jit.trace.html",),
+    finite="act",
 )
 def torchscript_differs(exam: Examination) -> Outcome:
     """BP602."""
@@ -521,6 +523,7 @@ def _traced(module: nn.Module, example: tuple[Any, ...]) -> Exported:
     fix="restore-eval",
     safe=False,
     references=("https://docs.pytorch.org/docs/stable/export.html",),
+    finite="act",
 )
 def torch_export_differs(exam: Examination) -> Outcome:
     """BP603."""
@@ -560,6 +563,7 @@ def _programmed(module: nn.Module, example: tuple[Any, ...]) -> Exported:
     safe=False,
     references=("https://docs.pytorch.org/docs/stable/onnx.html",),
     on_request=True,
+    finite="act",
 )
 def onnx_differs(exam: Examination) -> Outcome:
     """BP604."""

@@ -301,6 +301,7 @@ def _critic_gap(exam: Examination) -> Finding | None:
         "Gal & Ghahramani 2016, arXiv 1506.02142",
         "DroQ, arXiv 2110.02034",
     ),
+    finite="act",
 )
 def dropout_active_when_acting(exam: Examination) -> Outcome:
     """BP202."""
@@ -366,6 +367,7 @@ def dropout_active_when_acting(exam: Examination) -> Outcome:
         "tianshou issue 773",
         "ray issue 61961",
     ),
+    finite="act",
 )
 def acting_left_in_train_mode(exam: Examination) -> Outcome:
     """BP203."""
@@ -419,6 +421,7 @@ def acting_left_in_train_mode(exam: Examination) -> Outcome:
     mend="Remember each module's flag and put it back, for example in a context manager.",
     fix="",
     references=("lerobot issue 3668", "tianshou issue 773"),
+    finite="none",
 )
 def mode_not_restored(exam: Examination) -> Outcome:
     """BP204."""
@@ -476,6 +479,7 @@ def mode_not_restored(exam: Examination) -> Outcome:
         "coinrun issue 41",
         "Stable-Baselines3 issues 614 and 2131",
     ),
+    finite="act",
 )
 def first_ratio_not_one(exam: Examination) -> Outcome:
     """BP205."""

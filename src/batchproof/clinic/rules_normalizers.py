@@ -139,11 +139,22 @@ def _updating(env: Any) -> bool | None:
     return None
 
 
+def _not_known(exam: Examination) -> Outcome:
+    """Nothing can be said where no environment was handed over."""
+    how = (
+        "in Python give them as normalizers['train'] and normalizers['eval']"
+        if exam.subject.model is None
+        else "an environment id says nothing about them; give --vecnormalize FILE, in Python the "
+        "environment itself"
+    )
+    return not_applicable(f"no normalizers around the environment are known: {how}")
+
+
 def _pair(exam: Examination) -> tuple[Normalizer | None, Normalizer | None] | Outcome:
     """The normalizers in training and at evaluation, or why there is nothing to compare."""
     known = exam.subject.normalizers
     if not known:
-        return not_applicable("no environment was given: nothing is known about normalizers")
+        return _not_known(exam)
     train, evaluation = (normalizer_of(known.get(name)) for name in ("train", "eval"))
     for name, found in (("train", evaluation), ("eval", train)):
         if name not in known:
@@ -151,7 +162,7 @@ def _pair(exam: Examination) -> tuple[Normalizer | None, Normalizer | None] | Ou
                 return not_applicable("no normalizer is around the environment that was given")
             return skipped(
                 f"the {'training' if name == 'train' else 'evaluation'} environment is not known: "
-                f"give it as normalizers[{name!r}], None where nothing normalizes"
+                f"in Python give it as normalizers[{name!r}], None where nothing normalizes"
             )
     if train is None and evaluation is None:
         return not_applicable("neither environment has a normalizer")
@@ -207,6 +218,7 @@ def _gap(exam: Examination, changed: Obs) -> tuple[float, float, str]:
         "https://stable-baselines3.readthedocs.io/en/master/guide/examples.html",
         "https://github.com/isaac-sim/IsaacLab/issues/2635",
     ),
+    finite="act",
 )
 def missing_at_evaluation(exam: Examination) -> Outcome:
     """BP501."""
@@ -255,12 +267,13 @@ def missing_at_evaluation(exam: Examination) -> Outcome:
         "https://stable-baselines3.readthedocs.io/en/master/guide/vec_envs.html#vecnormalize",
         "https://gymnasium.farama.org/api/wrappers/observation_wrappers/",
     ),
+    finite="none",
 )
 def updates_at_evaluation(exam: Examination) -> Outcome:
     """BP502."""
     known = exam.subject.normalizers
     if not known:
-        return not_applicable("no environment was given: nothing is known about normalizers")
+        return _not_known(exam)
     evaluation = normalizer_of(known.get("eval"))
     if evaluation is None:
         pair = _pair(exam)
@@ -330,6 +343,7 @@ def _one_batch_moves(exam: Examination, train: Normalizer, evaluation: Normalize
         "https://stable-baselines3.readthedocs.io/en/master/guide/vec_envs.html#vecnormalize",
         "https://github.com/isaac-sim/IsaacLab/issues/3836",
     ),
+    finite="none",
 )
 def differs(exam: Examination) -> Outcome:
     """BP503."""

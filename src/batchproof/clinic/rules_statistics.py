@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from batchproof.clinic import measures, probe
+from batchproof.clinic.fold import is_folded
 from batchproof.clinic.probe import LayerFacts
 from batchproof.clinic.rules import (
+    NOT_FINITE,
     Examination,
     Finding,
     Outcome,
@@ -207,7 +209,9 @@ def seen_extreme(features: int) -> float:
     detected=(
         "mean == 0 and var == 1, exactly, for all features (var == 0 counts where the data "
         "varies). A failure where something shows that training took place: the library's own "
-        "counters, or normalization parameters or other statistics that moved; review otherwise."
+        "counters, or normalization parameters or other statistics that moved; review otherwise. "
+        "Layers that `fold-batch-norm` left in their place pass: their mean is -0 for all "
+        "features, which no fresh layer has, their scale 1 and their shift 0."
     ),
     why=(
         "In eval mode such a layer is an affine map that never normalizes. Weights that were "
@@ -229,9 +233,12 @@ def never_updated(exam: Examination) -> Outcome:
     layers = online(exam) + frozen(exam)
     if not layers:
         return not_applicable(NO_STATISTICS)
-    untouched = [f for f in layers if (initial(f) if f.running else fresh_buffers(f))]
+    untouched = [
+        f for f in layers if (initial(f) and not is_folded(f) if f.running else fresh_buffers(f))
+    ]
     if not untouched:
-        return passed()
+        folded = [f.name for f in layers if f.running and is_folded(f)]
+        return passed(f"{several(folded)}: folded into the layer before" if folded else "")
     evidence = trained(exam)
     if evidence is False:
         return not_applicable("nothing has been trained yet")
@@ -323,8 +330,9 @@ FAR_SHIFT, FAR_LOG_RATIO = 5.0, math.log(100)  # another distribution
         "when the data has changed, or when observations come on another scale."
     ),
     mend=(
-        "Look at the observations' scale first; then recalibrate on current observations "
-        "(PreciseBN), or raise the momentum."
+        "Look at the observations' scale first: a policy that was trained under VecNormalize must "
+        "be given them as it had them there (`--vecnormalize FILE`). Then recalibrate on current "
+        "observations (PreciseBN), or raise the momentum."
     ),
     fix="recalibrate",
     safe=False,
@@ -537,11 +545,17 @@ def outlier_share(one: Reached) -> tuple[float, float, int, int]:
     "BP404",
     "nan-or-inf",
     "parameters or statistics are not finite",
-    what="Looks for NaN and infinity in all parameters and buffers, and for negative variances.",
+    what=(
+        "Looks for NaN and infinity in all parameters and buffers, for negative variances, and, "
+        "where there is none, in the action as deployed and in the critics' values."
+    ),
     detected=(
         "isnan(v).any() in any parameter or buffer; isinf(v).any() in any parameter, or in a "
         "buffer of a layer that couples rows or moves its buffers; min(running variance) < 0. "
-        "Infinite buffers elsewhere (masks, bounds) are left alone."
+        "Infinite buffers elsewhere (masks, bounds) are left alone. Outputs: NaN or infinity in "
+        "any entry; where the action has no known bounds, -inf beside finite entries is left "
+        "alone (it rules an action out). Where this rule fails, those that compare outputs say "
+        "that they are skipped: a difference from NaN means nothing."
     ),
     why="One NaN in a running variance makes every action NaN, though training goes on unharmed.",
     mend=(
@@ -550,10 +564,11 @@ def outlier_share(one: Reached) -> tuple[float, float, int, int]:
     ),
     fix="recalibrate",
     safe=False,
+    finite="none",
 )
 def not_finite(exam: Examination) -> Outcome:
     """BP404."""
-    stateful = {id(f.call.module): f for f in exam.layers}
+    stateful = _stateful(exam)
     findings = []
     for role, path, module in exam.subject.modules():
         layer = stateful.get(id(module))
@@ -581,7 +596,26 @@ def not_finite(exam: Examination) -> Outcome:
                     threshold=0.0,
                 )
             )
+    findings = findings or [_wrong_output(*item) for item in exam.wrong_outputs.items()]
     return failed(*findings) if findings else passed()
+
+
+def _stateful(exam: Examination) -> dict[int, LayerFacts]:
+    """Layers that couple rows or move buffers, by module; none where the networks cannot run."""
+    try:
+        return {id(f.call.module): f for f in exam.layers}
+    except Exception:  # distributions refuse NaN, and the weights can be looked at all the same
+        return {}
+
+
+def _wrong_output(name: str, output: Tensor) -> Finding:
+    what = "the action as deployed" if name == "act" else f"the output of the {name} in eval mode"
+    return Finding(
+        f"{what} has {_describe(output)}, although all weights and statistics are finite",
+        site=name,
+        value=float((~torch.isfinite(output)).sum()),
+        threshold=0.0,
+    )
 
 
 def _describe(value: Tensor) -> str:
@@ -902,9 +936,12 @@ TINY = 1e-4  # of the data's variance
         "observation, or use layer norm."
     ),
     references=("https://github.com/DLR-RM/stable-baselines3/issues/535",),
+    finite="none",
 )
 def batch_of_one(exam: Examination) -> Outcome:
     """BP407."""
+    if not exam.is_finite() and not _stateful(exam):
+        return skipped(NOT_FINITE)
     layers = [f for f in exam.layers if f.couples_train or f.running]
     suspects = [f for f in exam.layers if f not in layers and feature_buffers(f)]
     if not layers and not suspects:
@@ -942,7 +979,9 @@ def batch_of_one(exam: Examination) -> Outcome:
             )
     if exam.subject.update is not None:
         findings += _single_rows(exam)
-    return failed(*findings) if findings else passed()
+    if findings:
+        return failed(*findings)
+    return passed() if exam.is_finite() else skipped(NOT_FINITE)
 
 
 def _single_rows(exam: Examination) -> list[Finding]:

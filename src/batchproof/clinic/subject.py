@@ -71,8 +71,8 @@ class Subject:
         gamma: discount per step.
         momentum_horizon: gradient steps between two uses of the running statistics, where known.
         update: one real gradient update of the library, for `trace`; None where there is none.
-        plan: the mode plan that somebody chose for its updates, None where nobody did; what the
-            rules see is always the update itself.
+        plan: the mode plan that somebody chose for its updates, None where nobody did. Where there
+            is an update, it is what the rules go by; the plan says only what is meant.
         model: the library's own object; None for plain modules.
         normalizers: observation and reward normalizers by name, in training (``train``) and at
             evaluation (``eval``), where known.
@@ -100,6 +100,8 @@ class Subject:
     normalizers: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_rows(self.name, self.obs)
+        _check_eager(self.name, self.networks)
         if rows(self.obs) < 2:
             raise BatchproofError(
                 f"{self.name}: an audit compares rows, so it needs at least 2 observations, "
@@ -108,7 +110,7 @@ class Subject:
         for part in tensors(self.obs):
             if part.is_floating_point() and not bool(torch.isfinite(part).all()):
                 raise BatchproofError(
-                    f"{self.name}: the observations hold NaN or infinity: clean the file, "
+                    f"{self.name}: the observations hold NaN or infinity: clean them, "
                     "or collect them again"
                 )
 
@@ -120,14 +122,14 @@ class Subject:
 
         Args:
             module: examined in the modes in which it is handed over: that is how it is deployed.
-            obs: (N, ...).
+            obs: (N, ...); floating ones are cast to the type of the module's parameters.
             name: what reports call it.
             more: other attributes of `Subject`.
         """
         return cls(
             name=name,
             networks={"policy": module},
-            obs=obs,
+            obs=as_parameters(obs, module),
             act=lambda batch: output_of(module(batch)).detach(),
             policy=lambda batch: output_of(module(batch)),
             **more,
@@ -144,6 +146,11 @@ class Subject:
         **more: Any,
     ) -> Subject:
         """Any function with a batch axis; name its ``networks`` so that layers can be blamed."""
+        if not callable(function):
+            raise BatchproofError(
+                f"a {type(function).__name__} is no policy: give a torch module, a function, a "
+                "Stable-Baselines3 model (from a file: its class's load) or a Subject"
+            )
         return cls(
             name=name,
             networks=dict(networks or {}),
@@ -219,6 +226,98 @@ class Subject:
                 if id(module) not in seen:
                     seen.add(id(module))
                     yield role, path, module
+
+
+def _check_rows(name: str, obs: Any) -> None:
+    """Refuse observations that are no tensors with one and the same number of rows."""
+    parts = obs if isinstance(obs, dict) else {"": obs}
+    for key, part in parts.items():
+        where = f" for {key}" if key else ""
+        if not isinstance(part, Tensor):
+            raise BatchproofError(
+                f"{name}: observations are torch tensors, got a {type(part).__name__}{where}: "
+                "write torch.as_tensor(...)"
+            )
+        if part.ndim == 0:
+            raise BatchproofError(
+                f"{name}: observations need a batch axis (N, ...), got a single number{where}"
+            )
+    if len({len(part) for part in parts.values()}) != 1:
+        counts = ", ".join(f"{key} {len(part)}" for key, part in parts.items())
+        raise BatchproofError(
+            f"{name}: the keys of the observations need equally many rows, got {counts or 'none'}"
+        )
+
+
+def _check_eager(name: str, networks: Mapping[str, nn.Module]) -> None:
+    """Refuse compiled modules, whose layers cannot be hooked, run alone or put back."""
+    for role, network in networks.items():
+        if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+            raise BatchproofError(
+                f"{name}: its {role} network is TorchScript, into whose layers nothing can look: "
+                "audit the module that it was made from"
+            )
+
+
+def as_parameters(obs: Obs, *networks: nn.Module) -> Obs:
+    """Floating observations in the type of the networks' first floating parameter."""
+    floating = (p.dtype for n in networks for p in n.parameters() if p.is_floating_point())
+    kind = next(floating, None)
+
+    def cast(part: Any) -> Any:
+        known = kind is not None and isinstance(part, Tensor) and part.is_floating_point()
+        return part.to(kind) if known else part
+
+    return {key: cast(part) for key, part in obs.items()} if isinstance(obs, dict) else cast(obs)
+
+
+def sound_weights(*networks: nn.Module) -> bool:
+    """Whether all parameters are finite and no buffer is NaN: infinite ones may be masks."""
+    parameters = (p for n in networks for p in n.parameters() if p.is_floating_point())
+    buffers = (b for n in networks for b in n.buffers() if b.is_floating_point())
+    return all(bool(torch.isfinite(p).all()) for p in parameters) and not any(
+        bool(torch.isnan(b).any()) for b in buffers
+    )
+
+
+def check_runs(subject: Subject, *, sick: bool = False) -> None:
+    """Try the policy on two of the observations.
+
+    Args:
+        subject: handed back as it was.
+        sick: let one through that refuses them because its weights are not finite, as torch's
+            distributions do: an audit has a rule that says so, BP404.
+
+    Raises:
+        BatchproofError: it cannot take the observations at all, or gives no row for each.
+    """
+    batch = take(subject.obs, slice(0, 2))
+    for run in (subject.policy, subject.act):
+        try:
+            with unchanged(subject), torch.no_grad():
+                output = run(batch)
+        except BatchproofError:
+            raise
+        except Exception as error:
+            if not sound_weights(*subject.networks.values()):
+                if sick:
+                    return
+                raise BatchproofError(
+                    f"{subject.name} cannot act, for its weights are not finite: `batchproof audit "
+                    "--only BP404` says which"
+                ) from error
+            shapes = ", ".join(str(tuple(part.shape)) for part in tensors(subject.obs))
+            line = " ".join(str(error).split())[:300]
+            raise BatchproofError(
+                f"{subject.name} cannot take these observations, {shapes}: "
+                f"{type(error).__name__}: {line}"
+            ) from error
+        count = len(output) if isinstance(output, Tensor) and output.ndim else 0
+        if count != 2:
+            raise BatchproofError(
+                f"{subject.name} gives {count} rows for 2 observations: wrap it so that it gives "
+                "one for each, (B, K)"
+            )
 
 
 def output_of(value: Any) -> Tensor:

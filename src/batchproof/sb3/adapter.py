@@ -14,24 +14,41 @@ Shapes: ``N`` observations, ``B`` rows of one batch, ``A`` action, ``C`` critics
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space, maybe_transpose
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecEnv,
+    VecNormalize,
+    unwrap_vec_normalize,
+)
 from torch import Tensor, nn
 
 from batchproof.clinic.observations import check_against
-from batchproof.clinic.subject import Obs, Subject, Transitions, rows, stacked_q, take, unchanged
+from batchproof.clinic.subject import (
+    Obs,
+    Subject,
+    Transitions,
+    rows,
+    sound_weights,
+    stacked_q,
+    take,
+    tensors,
+    unchanged,
+)
 from batchproof.envs import register_envs
 from batchproof.errors import BatchproofError
 from batchproof.sb3.modes import get_modes
@@ -55,6 +72,7 @@ def subject_from_model(
     count: int = 512,
     seed: int = 0,
     name: str | None = None,
+    obs_name: str = "observations",
 ) -> Subject:
     """A subject from a Stable-Baselines3 or sb3-contrib model.
 
@@ -68,6 +86,7 @@ def subject_from_model(
         count: observations to take, if ``obs`` is None.
         seed: of the choice of rows, of the collection, and of ``update``'s made-up rewards.
         name: what reports call it; None takes the algorithm's name.
+        obs_name: what messages call ``obs``, for example the file.
 
     Raises:
         BatchproofError: an algorithm that is not supported, observations of another shape, an
@@ -84,11 +103,11 @@ def subject_from_model(
         if env is not None and (obs is None or isinstance(model, OffPolicyAlgorithm)):
             collected = _collect(model, env, count, seed)
         if obs is not None:
-            found = _as_taken(model, obs)
+            found = _as_taken(model, obs, obs_name)
         elif collected is not None:
             found = collected.obs
         else:
-            found = _buffered(model, count, seed)
+            found = buffered(model, count, seed)
         replayed = _replayed(model, seed)
         if replayed is None and collected is not None:
             replayed = collected.transitions
@@ -264,25 +283,26 @@ def _chosen(net: nn.Module) -> Callable[[Obs, Tensor], Tensor]:
     return q
 
 
-def _as_taken(model: Any, obs: Any) -> Obs:
-    """Given observations as the networks take them."""
+def _as_taken(model: Any, obs: Any, name: str = "observations") -> Obs:
+    """Given observations as the networks take them; ``name`` is what messages call them."""
     space = model.observation_space
     if isinstance(space, spaces.Dict):
+        keys: Any = {key: () for key in space.spaces}
         if not isinstance(obs, Mapping):
-            check_against(torch.zeros(1), {key: () for key in space.spaces})
+            check_against(torch.zeros(1), keys, name)
         extra = set(obs) ^ set(space.spaces)
         if extra:
-            check_against({key: torch.zeros(1) for key in obs}, {key: () for key in space.spaces})
+            check_against({key: torch.zeros(1) for key in obs}, keys, name)
         parts = {
-            key: _one(obs[key], part, f"observations: {key}", model.device)
+            key: _one(obs[key], part, f"{name}: {key}", model.device)
             for key, part in space.spaces.items()
         }
         shapes: Any = {key: tuple(part.shape[1:]) for key, part in parts.items()}
-        check_against(parts, shapes)
+        check_against(parts, shapes, name)
         return parts
     if isinstance(obs, Mapping):
-        check_against({key: torch.zeros(1) for key in obs}, tuple(space.shape))
-    return _one(obs, space, "observations", model.device)
+        check_against({key: torch.zeros(1) for key in obs}, tuple(space.shape), name)
+    return _one(obs, space, name, model.device)
 
 
 def _one(value: Any, space: spaces.Space, name: str, device: Any) -> Tensor:
@@ -324,22 +344,42 @@ def _channel_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[-1], *shape[:-1])
 
 
-def _buffered(model: Any, count: int, seed: int) -> Obs:
-    """Observations from the replay or the rollout buffer."""
+def holds_rows(model: Any) -> bool:
+    """Whether the model's replay or rollout buffer holds observations to compare."""
+    return _held(model) is not None
+
+
+def _held(model: Any) -> tuple[Any, int] | None:
+    """The buffer that holds observations, and of how many steps; None where none holds two.
+
+    A rollout of a model that was only made or loaded is all zeros, and is no observation.
+    """
     replay = getattr(model, "replay_buffer", None)
-    rollout = getattr(model, "rollout_buffer", None)
     if replay is not None and replay.size() * replay.n_envs >= 2:
-        buffer, size, in_one_axis = replay, replay.size(), False
-        normalize = model.get_vec_normalize_env()  # a replay buffer keeps raw observations
-    elif rollout is not None and (rollout.full or rollout.pos >= 2):
-        buffer, size = rollout, rollout.buffer_size if rollout.full else rollout.pos
-        in_one_axis = rollout.generator_ready  # `get` puts all environments into one axis
-        normalize = None
-    else:
+        return replay, replay.size()
+    rollout = getattr(model, "rollout_buffer", None)
+    if rollout is not None and (rollout.full or rollout.pos >= 2):
+        return rollout, rollout.buffer_size if rollout.full else rollout.pos
+    return None
+
+
+def buffered(model: Any, count: int, seed: int) -> Obs:
+    """Up to ``count`` observations, as the networks take them, from the replay or rollout buffer.
+
+    Raises:
+        BatchproofError: there are none.
+    """
+    held = _held(model)
+    if held is None:
         raise BatchproofError(
             f"this {type(model).__name__} holds no observations: pass some (obs=..., on the "
             "command line --obs FILE) or an environment id (env=..., --env ID)"
         )
+    buffer, size = held
+    of_rollout = isinstance(buffer, RolloutBuffer)
+    # A rollout's `get` puts all environments into one axis; a replay buffer keeps raw observations.
+    in_one_axis = of_rollout and buffer.generator_ready
+    normalize = None if of_rollout else model.get_vec_normalize_env()
     total = size * buffer.n_envs
     chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
@@ -441,7 +481,8 @@ def _vectorized(env: Any) -> tuple[VecEnv, bool]:
         return DummyVecEnv([lambda: env]), False
     register_envs()  # so that our own ids can be named without importing anything
     try:
-        made = gym.make(env)
+        # The checker's warnings would be about what an audit is there to say.
+        made = gym.make(env, disable_env_checker=True)
     except Exception as error:  # registries load other people's modules
         line = " ".join(str(error).split())[:160]
         raise BatchproofError(
@@ -491,10 +532,12 @@ def _run(model: Any, vec: VecEnv, count: int, seed: int) -> _Collected:
         return _as_taken(model, normalize.normalize_obs(raw) if normalize is not None else raw)
 
     vec.seed(seed)
+    chosen = _Explorer(model, seed)
     current = taken(vec.reset())
     seen, followers, actions, rewards, terminated = [], [], [], [], []
     for _ in range(-(-count // vec.num_envs)):
-        action, _ = model.predict(_numpy(current), deterministic=False)
+        _check_finite(current)
+        action = chosen(current)
         scaled = action
         if isinstance(model.action_space, spaces.Box) and isinstance(model, OffPolicyAlgorithm):
             scaled = model.policy.scale_action(action)
@@ -538,6 +581,44 @@ def _run(model: Any, vec: VecEnv, count: int, seed: int) -> _Collected:
     )
 
 
+class _Explorer:
+    """The model's stochastic action, or a random one where its own is not finite.
+
+    So a policy with NaN in it is handed to the rules, of which one says so, like any other.
+    """
+
+    def __init__(self, model: Any, seed: int) -> None:
+        self.model = model
+        self.space = copy.deepcopy(model.action_space)  # drawing moves a space's random state
+        self.space.seed(seed)
+
+    def __call__(self, obs: Obs) -> np.ndarray:
+        try:
+            action, _ = self.model.predict(_numpy(obs), deterministic=False)
+        except ValueError:  # torch's distributions refuse parameters that are NaN
+            if sound_weights(self.model.policy):
+                raise
+            return np.stack([self.space.sample() for _ in range(rows(obs))])
+        lost = ~np.isfinite(action).reshape(len(action), -1).all(1)
+        if lost.any():
+            action = np.array(action)
+            action[lost] = [self.space.sample() for _ in range(int(lost.sum()))]
+        return action
+
+
+def _check_finite(obs: Obs) -> None:
+    """Refuse an environment's observations that are not finite.
+
+    Raises:
+        BatchproofError: they hold NaN or infinity.
+    """
+    if not all(bool(torch.isfinite(part.float()).all()) for part in tensors(obs)):
+        raise BatchproofError(
+            "the environment gave observations that are NaN or infinite: mend it, or give "
+            "observations (obs=..., on the command line --obs FILE)"
+        )
+
+
 def _rows_of(one: Any) -> Any:
     """One observation with a batch axis."""
     if isinstance(one, Mapping):
@@ -560,6 +641,51 @@ def _joined(parts: list[Obs]) -> Obs:
     if isinstance(first, dict):
         return {key: torch.cat([part[key] for part in parts]) for key in first}  # type: ignore[index]
     return torch.cat(parts)  # type: ignore[arg-type]
+
+
+@contextmanager
+def under_vecnormalize(env: str | gym.Env | VecEnv, path: Path) -> Iterator[VecNormalize]:
+    """An environment under the normalizer that ``VecNormalize.save`` wrote; it is unpickled.
+
+    Observations and rewards are as training normalized them, and the statistics stay as they are.
+
+    Args:
+        env: an environment, or its id.
+        path: the normalizer's file.
+
+    Raises:
+        BatchproofError: no such file, or one that does not fit the environment.
+    """
+    if not path.is_file():
+        raise BatchproofError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
+    vec, own = _vectorized(env)
+    try:
+        if unwrap_vec_normalize(vec) is not None:
+            raise BatchproofError(
+                f"the environment has a VecNormalize around it already: leave out {path}"
+            )
+        yield _vecnormalize(path, vec)
+    finally:
+        if own:
+            vec.close()
+
+
+def _vecnormalize(path: Path, vec: VecEnv) -> VecNormalize:
+    try:
+        loaded = VecNormalize.load(str(path), vec)
+    except Exception as error:  # whatever their pickle raises
+        line = " ".join(str(error).split())[:160]
+        raise BatchproofError(
+            f"{path}: VecNormalize.load: {type(error).__name__}: {line}: give the file that "
+            "VecNormalize.save wrote in training"
+        ) from error
+    if not isinstance(loaded, VecNormalize):
+        raise BatchproofError(
+            f"{path}: it holds a {type(loaded).__name__}: give the file that VecNormalize.save "
+            "wrote in training"
+        )
+    loaded.training = False
+    return loaded
 
 
 def _normalizers(model: Any, env: Any) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from gymnasium import spaces
 from stable_baselines3 import TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from batchproof.errors import BatchproofError
 from batchproof.layers import mode_layers, use_mode
 from batchproof.modes import E, Mode, Plan, Slot
+from batchproof.sb3.adapter import buffered, holds_rows
 from batchproof.sb3.modes import get_modes, join, remembered_modes
 
 MAD_SIGMAS = 5.0
@@ -132,7 +134,12 @@ def measure(
 
     Returns:
         Figures by key, and by layer's name and key.
+
+    Raises:
+        BatchproofError: a model that holds no observations, as one that was just loaded, or that
+            keeps a hidden state.
     """
+    _check(model)
     with _untouched(model.policy):
         # Statistics are measured on one set of rows, so that figures differ by layer alone.
         obs, actions = _batch(model, batch_size)
@@ -176,16 +183,27 @@ def _batch(model: Any, batch_size: int) -> tuple[Any, Tensor | None]:
         # The class's own: a mode plan's `sample` would take this for the batch of an update.
         samples = type(buffer).sample(buffer, batch_size, env=model._vec_normalize_env)
         return samples.observations, samples.actions
-    rollout = model.rollout_buffer
+    return buffered(model, batch_size, seed=0), None
 
-    def rows(array: Any) -> Tensor:
-        flat = array.reshape(-1, *array.shape[2:])
-        index = np.linspace(0, len(flat) - 1, min(batch_size, len(flat))).astype(int)
-        return torch.as_tensor(flat[index], device=model.device)
 
-    stored = rollout.observations
-    obs = {k: rows(v) for k, v in stored.items()} if isinstance(stored, dict) else rows(stored)
-    return obs, None
+def _check(model: Any) -> None:
+    """Raise a `BatchproofError` for a model that there is nothing to measure on."""
+    name = type(model).__name__
+    if hasattr(model.policy, "lstm_actor"):
+        raise BatchproofError(
+            f"a {name} cannot be measured: a recurrent policy has no batch of single rows"
+        )
+    if not isinstance(model, OffPolicyAlgorithm | OnPolicyAlgorithm):
+        raise BatchproofError(f"a {name} cannot be measured: it keeps no observations")
+    if not holds_rows(model):
+        data = (
+            "first, or give it its data with model.load_replay_buffer(FILE)"
+            if isinstance(model, OffPolicyAlgorithm)
+            else "first: a rollout is not saved with a model"
+        )
+        raise BatchproofError(
+            f"this {name} holds no observations to measure on: call model.learn {data}"
+        )
 
 
 def _passes(

@@ -44,6 +44,9 @@ MOST_JSON = 64 << 20
 MOST_ENTRIES = 1 << 24
 """Entries of one observation; one of more is refused."""
 
+MOST_EDITS = 1000
+"""A file with more replaced layers is refused."""
+
 SMALL_BUFFER = 2048
 """Rows of the empty replay buffer that a loaded model is given: an audit needs no more."""
 
@@ -126,6 +129,7 @@ def load_subject(
     count: int = 512,
     seed: int = 0,
     name: str | None = None,
+    vecnormalize: Path | str | None = None,
 ) -> Subject:
     """A subject from a model that Stable-Baselines3 or sb3-contrib saved.
 
@@ -137,18 +141,57 @@ def load_subject(
         count: observations to collect in ``env``.
         seed: of the collection.
         name: what reports call it; None takes the file's name.
+        vecnormalize: the file that ``VecNormalize.save`` wrote in training, to put around ``env``;
+            it is a pickle, so it needs ``trust``.
 
     Raises:
         BatchproofError: not such a file, damaged or unsafe, or something that only a pickle says.
     """
     path = Path(path)
-    given = read_observations(obs) if isinstance(obs, str | Path) else obs
+    if vecnormalize is not None:
+        check_vecnormalize(vecnormalize, env, trust)
+    from_file = isinstance(obs, str | Path)
+    given = read_observations(obs) if from_file else obs
     # Importing the library takes long: a file that is none is refused before.
     members = _members(path)
     model = _trusted(path, members) if trust else _rebuilt(path, members)
-    from batchproof.sb3.adapter import subject_from_model
+    from batchproof.sb3.adapter import subject_from_model, under_vecnormalize
 
-    return subject_from_model(model, given, env=env, count=count, seed=seed, name=name or path.name)
+    def subject_in(env: Any) -> Subject:
+        return subject_from_model(
+            model,
+            given,
+            env=env,
+            count=count,
+            seed=seed,
+            name=name or path.name,
+            obs_name=str(obs) if from_file else "observations",
+        )
+
+    if vecnormalize is None:
+        return subject_in(env)
+    with under_vecnormalize(env, Path(vecnormalize)) as normalized:
+        subject = subject_in(normalized)
+    # The file is training's. It says nothing about how the policy is evaluated.
+    subject.normalizers = {"train": normalized}
+    return subject
+
+
+def check_vecnormalize(path: Path | str, env: Any, trust: bool) -> None:
+    """Refuse a normalizer's file that nobody vouches for, or that has no environment to go around.
+
+    Raises:
+        BatchproofError: one of the two.
+    """
+    if env is None:
+        raise BatchproofError(
+            f"{path}: a normalizer goes around an environment: name it with --env ID (env=...)"
+        )
+    if not trust:
+        raise BatchproofError(
+            f"{path}: VecNormalize.save writes a pickle, which could run any code: add --trust "
+            "(trust=True) if you know where it comes from"
+        )
 
 
 def _members(path: Path) -> dict[str, bytes]:
@@ -209,6 +252,11 @@ def _check_archive(path: Path, infos: list[zipfile.ZipInfo]) -> None:
         raise BatchproofError(f"{path}: unsafe: two files in it have one name")
     if "data" in names and "policy.pth" in names:
         return
+    if infos and min(info.header_offset for info in infos) > 0:
+        # What was found is the end of an archive inside of it: torch's weights are zips too.
+        raise BatchproofError(
+            f"{path}: a .zip that was cut short: copy it again, or save the model again"
+        )
     if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
         kind = (
             "a TorchScript file" if any("/code/" in name for name in names) else "a torch.save file"
@@ -310,9 +358,15 @@ def _import(path: Path, module: str, name: str) -> Any:
 
 
 def _class_of(entry: Any) -> tuple[str, str]:
-    """Module and name of a pickled class, from the readable text beside the pickle."""
+    """Module and name of a pickled class, from the readable text beside the pickle.
+
+    One that `batchproof fix` made says which class it edits.
+    """
     if not isinstance(entry, dict):
         return "", ""
+    edited = re.fullmatch(r"([\w.]+)\.(\w+)", str(entry.get("batchproof_policy")))
+    if edited is not None:
+        return edited[1], edited[2]
     module, init = entry.get("__module__"), entry.get("__init__")
     named = re.match(r"<function (\w+)\.__init__ at ", init) if isinstance(init, str) else None
     return (module if isinstance(module, str) else ""), (named.group(1) if named else "")
@@ -414,14 +468,34 @@ def _built(path: Path, data: dict[str, Any], state: dict[str, Any]) -> Any:
 
 
 def _policy_class(path: Path, data: dict[str, Any]) -> Any:
-    module, name = _class_of(data.get("policy_class"))
+    entry = data.get("policy_class")
+    module, name = _class_of(entry)
+    edits = entry.get("batchproof_edits") if isinstance(entry, dict) else None
     if name not in _POLICIES.get(module, ()):
         called = f"{module}.{name}".strip(".") or "unknown"
+        if module == "batchproof.clinic.fix":  # its files did not always say which class it edits
+            called = "with layers that an earlier `batchproof fix` replaced"
+        elif edits is not None:
+            called += ", with layers that `batchproof fix` replaced,"
+        raise _only_pickled(path, f"its policy class {called}")
+    policy = _import(path, module, name)
+    return policy if edits is None else _edited(path, policy, edits)
+
+
+def _edited(path: Path, policy: Any, plain: Any) -> Any:
+    """The policy class with the layers that `batchproof fix` put in others' places."""
+    from batchproof.clinic.fix import Edit, rebuilding
+
+    try:
+        if not isinstance(plain, list) or len(plain) > MOST_EDITS:
+            raise ValueError
+        edits = [Edit.from_plain(edit) for edit in plain]
+    except ValueError:
         raise BatchproofError(
-            f"{path}: its policy class {called} is only in a pickle, which could run any code: "
-            "add --trust (trust=True) if you know where it comes from"
-        )
-    return _import(path, module, name)
+            f"{path}: what it says of layers that `batchproof fix` replaced is damaged: run "
+            "`batchproof fix` again"
+        ) from None
+    return rebuilding(policy, edits)
 
 
 def _only_pickled(path: Path, what: str) -> BatchproofError:

@@ -63,6 +63,9 @@ from batchproof.layers.moments import moments
 HOW = ("library", "train", "eval-after", "frozen", "preserved", "renorm", "mdr")
 """The ways to use the modes of normalization on-policy."""
 
+WARMUP = 10
+"""Updates in which ``eval-after`` lets statistics move, unless told otherwise."""
+
 MOST_ROWS = 1024
 """Observations of a rollout, spread evenly over it, that new statistics are taken from."""
 
@@ -100,13 +103,19 @@ class OnPolicyModes(BaseCallback):
     """
 
     def __init__(
-        self, how: str, *, warmup: int = 10, rectified: int | None = None, verbose: int = 0
+        self,
+        how: str,
+        *,
+        warmup: int | None = None,
+        rectified: int | None = None,
+        verbose: int = 0,
     ) -> None:
         """Choose the way.
 
         Args:
             how: one of `HOW`.
-            warmup: ``eval-after``: updates (rollouts learned from) in which statistics move.
+            warmup: ``eval-after``: updates (rollouts learned from) in which statistics move; None
+                for `WARMUP`.
             rectified: ``mdr``: epochs of each update, the last ones, that run in eval mode; None
                 for half of them, rounded down.
             verbose: the library's own.
@@ -117,12 +126,18 @@ class OnPolicyModes(BaseCallback):
         super().__init__(verbose)
         if how not in HOW:
             raise BatchproofError(f"unknown on-policy mode {how!r}: use one of {', '.join(HOW)}")
-        if warmup < 0:
+        for name, value, only in (
+            ("warmup", warmup, "eval-after"),
+            ("rectified", rectified, "mdr"),
+        ):
+            if value is not None and how != only:
+                raise BatchproofError(
+                    f"{name} has no effect with {how!r}: leave it out, or use {only}"
+                )
+        if warmup is not None and warmup < 0:
             raise BatchproofError(f"warmup must be 0 updates or more, got {warmup}")
-        if rectified is not None and how != "mdr":
-            raise BatchproofError(f"rectified has no effect with {how!r}: leave it out, or use mdr")
         self.how = how
-        self.warmup = warmup
+        self.warmup = WARMUP if warmup is None else warmup
         self.rectified = rectified
         self.first: dict[str, float] = {}
         self.refresh_kl = 0.0

@@ -7,13 +7,13 @@ Every hidden layer becomes Linear - norm - activation; the output layers stay as
 Keywords, beside those of the library's own policy:
 
 ``norm``
-    what normalizes actor and critics alike: ``none``, ``batch``, ``renorm``, ``layer``, ``group``
-    or ``rms``.
+    what normalizes actor and critics alike: ``none`` (or None), ``batch``, ``renorm``, ``layer``,
+    ``group`` or ``rms``.
 ``actor_norm``, ``critic_norm``
     the same for one of them; they stand over ``norm``.
 ``norm_options``
     keywords of the layers' constructors (`batchproof.layers.create_norm`), for example
-    ``{"momentum": 0.01}``.
+    ``{"momentum": 0.01}``; refused where nothing is normalized.
 
 ``none`` is the library's own policy: the same parameters, names and random draws. Models save and
 load by the library's own ``save`` and ``load``.
@@ -78,15 +78,16 @@ class NormTD3Policy(TD3Policy):
     def __init__(
         self,
         *args: Any,
-        norm: str = "none",
+        norm: str | None = "none",
         actor_norm: str | None = None,
         critic_norm: str | None = None,
         norm_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # The library's constructor builds the networks, so these must be known before.
-        self.actor_norm = norm if actor_norm is None else actor_norm
-        self.critic_norm = norm if critic_norm is None else critic_norm
+        self.actor_norm, self.critic_norm = _chosen(
+            norm, actor_norm, critic_norm, norm_options=norm_options
+        )
         self.norm_options = norm_options
         super().__init__(*args, **kwargs)
 
@@ -116,14 +117,15 @@ class NormSACPolicy(SACPolicy):
     def __init__(
         self,
         *args: Any,
-        norm: str = "none",
+        norm: str | None = "none",
         actor_norm: str | None = None,
         critic_norm: str | None = None,
         norm_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.actor_norm = norm if actor_norm is None else actor_norm
-        self.critic_norm = norm if critic_norm is None else critic_norm
+        self.actor_norm, self.critic_norm = _chosen(
+            norm, actor_norm, critic_norm, norm_options=norm_options
+        )
         self.norm_options = norm_options
         super().__init__(*args, **kwargs)
 
@@ -152,11 +154,11 @@ class NormDQNPolicy(DQNPolicy):
     def __init__(
         self,
         *args: Any,
-        norm: str = "none",
+        norm: str | None = "none",
         norm_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.norm = norm
+        (self.norm,) = _chosen(norm, norm_options=norm_options)
         self.norm_options = norm_options
         super().__init__(*args, **kwargs)
 
@@ -181,14 +183,15 @@ class NormActorCriticPolicy(ActorCriticPolicy):
     def __init__(
         self,
         *args: Any,
-        norm: str = "none",
+        norm: str | None = "none",
         actor_norm: str | None = None,
         critic_norm: str | None = None,
         norm_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.actor_norm = norm if actor_norm is None else actor_norm
-        self.critic_norm = norm if critic_norm is None else critic_norm
+        self.actor_norm, self.critic_norm = _chosen(
+            norm, actor_norm, critic_norm, norm_options=norm_options
+        )
         self.norm_options = norm_options
         super().__init__(*args, **kwargs)
 
@@ -202,6 +205,24 @@ class NormActorCriticPolicy(ActorCriticPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return super()._get_constructor_parameters() | _norm_parameters(self)
+
+
+def _chosen(
+    norm: str | None, *parts: str | None, norm_options: dict[str, Any] | None
+) -> tuple[str, ...]:
+    """What normalizes each network; None is ``norm``, and for ``norm`` itself it is ``none``.
+
+    Raises:
+        BatchproofError: options of a norm where there is none.
+    """
+    both = "none" if norm is None else norm
+    chosen = tuple(both if part is None else part for part in parts) or (both,)
+    if norm_options and set(chosen) == {"none"}:
+        raise BatchproofError(
+            "norm_options are for a norm and nothing is normalized: give norm, for example "
+            "'batch', or leave norm_options out"
+        )
+    return chosen
 
 
 def _normalize_critics(
