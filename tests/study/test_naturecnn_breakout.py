@@ -376,13 +376,13 @@ def test_schedules_fall_to_zero_at_their_horizon():
 
 
 def test_the_report_is_written_from_cells_that_are_there(tmp_path, monkeypatch):
-    made = outcome({"none": 9.0, "bn": 6.0, "bn-frozen": 10.0}, seeds=2)
+    made = outcome({"none": 9.0, "bn": 6.0, "bn-preserved": 10.0}, seeds=2)
     monkeypatch.setattr(study, "run_cells", lambda *_args, **_options: made.results)
     study.run(tmp_path, seeds=2, progress=False, command="batchproof study x")
     stored = records.read_json(tmp_path / "study.json")
-    assert stored["cures"][0]["name"] == "bn-frozen"
+    assert stored["cures"][0]["name"] == "bn-preserved"
     assert stored["frames"] == 800_000
-    assert {row["name"] for row in stored["conditions"]} == {"none", "bn", "bn-frozen"}
+    assert {row["name"] for row in stored["conditions"]} == {"none", "bn", "bn-preserved"}
     page = (tmp_path / "report.html").read_text()
     assert "800,000 frames" in page
     for name in ("curves.png", "first-kl.png", "first-clip-fraction.png"):
