@@ -172,7 +172,7 @@ class Refusing(nn.Module):
         self.net = net()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Told to check, for another library may have switched checks off.
+        # Told to check, for torch.compile switches checks off in the whole process.
         return torch.distributions.Normal(self.net(x), 1.0, validate_args=True).mean
 
 

@@ -770,13 +770,13 @@ def _dict(text: str) -> spaces.Dict:
 
 def _compare_shapes(path: Path, model: Any, policy_class: Any, state: dict[str, Any]) -> None:
     """Build the policy without memory and compare it with the weights."""
-    checks = Distribution._validate_args
-    Distribution.set_default_validate_args(False)  # it looks at values, and there are none
     kwargs = dict(model.policy_kwargs)
     schedule = () if hasattr(model, "n_delta") else (lambda _: 1e-3,)
     if getattr(model, "use_sde", False):
         kwargs["use_sde"] = True
+    checks = Distribution._validate_args
     try:
+        Distribution.set_default_validate_args(False)  # it looks at values, and there are none
         # Its parts follow the policy's own device.
         shapeless = type(policy_class.__name__, (policy_class,), {"device": torch.device("meta")})
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
