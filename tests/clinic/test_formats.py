@@ -303,3 +303,12 @@ def test_a_real_audit_goes_through_every_form():
         found = audit(Subject.from_module(net, torch.randn(8, 3)))
     for form in formats.FORMATS.values():
         assert "BP191" in form(found)
+
+
+def test_a_fix_that_cannot_act_is_not_offered():
+    """`set-modes` is for a library's model: a module and a run of the lab take no plan."""
+    blind = Rule("BP998", "blind", "a critic is blind", rules.passed, fix="set-modes", safe=False)
+    assert "batchproof fix MODEL" in formats.fix_in_words(blind, saves=True)
+    assert formats.fix_in_words(blind, saves=False) == ""
+    stale = Rule("BP999", "stale", "statistics are stale", rules.passed, fix="recalibrate")
+    assert "fix(subject, report" in formats.fix_in_words(stale, saves=False)

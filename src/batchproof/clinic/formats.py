@@ -371,6 +371,8 @@ def title(rule: Rule) -> str:
 
 def fix_command(rule: Rule, saves: bool = True) -> str:
     """The command or, where it cannot ``save``, the call that mends a finding, '' where none."""
+    if rule.fix == "set-modes" and not saves:
+        return ""  # modules and runs of the lab take no plan: the finding says what to do
     if rule.fix and not saves:
         more = "" if rule.safe else ", unsafe=True"
         return f'batchproof.clinic.fix.fix(subject, report, only=["{rule.code}"]{more})'
@@ -381,7 +383,8 @@ def fix_command(rule: Rule, saves: bool = True) -> str:
 def fix_in_words(rule: Rule, saves: bool = True) -> str:
     """The fix, whether it is safe, and its `fix_command`, '' where there is none."""
     kind = "outputs as deployed stay as they are" if rule.safe else "outputs or learning change"
-    return f"`{rule.fix}` ({kind}): {fix_command(rule, saves)}" if rule.fix else ""
+    command = fix_command(rule, saves)
+    return f"`{rule.fix}` ({kind}): {command}" if command else ""
 
 
 def number(value: float) -> str:

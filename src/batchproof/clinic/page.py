@@ -127,12 +127,10 @@ def _finding_card(code: str, outcome: Outcome, saves: bool) -> str:
     )
     more = "".join(f"<h4>{head}</h4><p>{_prose(told)}</p>" for head, told in parts if told)
     mend = f"<p><strong>What to do:</strong> {_prose(rule.mend)}</p>" if rule.mend else ""
-    if rule.fix:
+    command = formats.fix_command(rule, saves)
+    if command:
         kept = "outputs as deployed stay as they are" if rule.safe else "outputs or learning change"
-        mend += (
-            f"<p><code>{_text(formats.fix_command(rule, saves))}</code> "
-            f'<span class="quiet">({kept})</span></p>'
-        )
+        mend += f'<p><code>{_text(command)}</code> <span class="quiet">({kept})</span></p>'
     return f"""<article class="card {css}" id="{_text(code)}">
 <p class="verdict">{_badge(outcome.status, formats.word(outcome.status))}
 <span class="id">{_text(code)} {_text(rule.name)}</span></p>
