@@ -447,6 +447,19 @@ def test_arrays_of_another_shape_do_not_fit(tmp_path: Path) -> None:
         checkpoint.load_checkpoint(tmp_path, tree | {"bias": jnp.ones(2)})
 
 
+def test_no_checkpoint_is_written_through_a_link(tmp_path: Path) -> None:
+    """A run's folder may come from somebody else, and its link lead anywhere."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    mine = elsewhere / "step-000000000001.safetensors"
+    mine.write_bytes(b"somebody's")
+    (tmp_path / "checkpoint").symlink_to(elsewhere)
+    with pytest.raises(BatchproofError, match="symbolic link"):
+        checkpoint.save_checkpoint(tmp_path / "checkpoint", 7, {"weight": jnp.ones(2)}, {})
+    assert mine.read_bytes() == b"somebody's"
+    assert [path.name for path in elsewhere.iterdir()] == [mine.name]
+
+
 @pytest.mark.parametrize(
     ("changes", "names"),
     [

@@ -31,7 +31,15 @@ def save_checkpoint(folder: Path, step: int, tree: Any, extra: dict[str, Any]) -
         step: environment steps done.
         tree: arrays and PRNG keys.
         extra: JSON values that belong to it.
+
+    Raises:
+        BatchproofError: it cannot be written, or the folder is a link to some other place.
     """
+    if folder.is_symlink():  # a run's folder may come from somebody else
+        raise BatchproofError(
+            f"{folder} is a symbolic link, which no run leaves there: delete it and run the same "
+            "command again"
+        )
     make_folder(folder)
     name = f"step-{step:012d}.safetensors"
     with replacing(folder / name) as file:
