@@ -49,6 +49,12 @@ def choose(known: Sequence[C], default: Sequence[str], names: str | None) -> tup
     return tuple(by_key[key] for key in keys)
 
 
+def curve(metrics: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (T,) and a metric's values (seeds, T) of a run, whose rows are those of all seeds."""
+    steps = np.unique(metrics["step"])
+    return steps, metrics[name].reshape(len(steps), -1).T.astype(float)
+
+
 @dataclass(frozen=True)
 class Outcome(Generic[C]):
     """The results of conditions, each of the same seeds."""
@@ -63,9 +69,7 @@ class Outcome(Generic[C]):
 
     def curve(self, key: str, name: str = "return") -> tuple[np.ndarray, np.ndarray]:
         """Evaluation steps (T,) and a metric's values (seeds, T)."""
-        metrics = self.results[key].metrics
-        steps = np.unique(metrics["step"])
-        return steps, metrics[name].reshape(len(steps), self.seeds).T.astype(float)
+        return curve(self.results[key].metrics, name)
 
     def last(self, key: str, evaluations: int, worst: float) -> np.ndarray:
         """Each seed's mean return (seeds,) of the last evaluations, ``worst`` where it diverged."""

@@ -43,6 +43,7 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import PRESETS, Plan
 from batchproof.study import plots, report
+from batchproof.study.conditions import curve
 from batchproof.study.judging import Finding, claim_row
 from batchproof.study.random_policy import random_returns
 from batchproof.study.statistics import (
@@ -271,13 +272,8 @@ def _columns(cell: str, result: Result) -> dict[str, np.ndarray]:
 
 def late_returns(result: Result) -> np.ndarray:
     """Returns averaged over the last part of training (seeds,), NaN where a seed diverged."""
-    steps, values = _curve(result, "return")
+    steps, values = curve(result.metrics, "return")
     return values[:, steps > (1 - LATE) * steps[-1]].mean(axis=1)
-
-
-def _curve(result: Result, name: str) -> tuple[np.ndarray, np.ndarray]:
-    steps = np.unique(result.metrics["step"])
-    return steps, result.metrics[name].reshape(len(steps), -1).T.astype(float)
 
 
 def scores(returns: Mapping[str, np.ndarray], random: float) -> tuple[dict[str, np.ndarray], float]:
@@ -662,7 +658,7 @@ def _panels(outcome: Outcome, algo: str) -> list[plots.Panel]:
         span = max(scores(returns, zero)[1] - zero, 1e-9)
         curves = []
         for plan, color in zip(outcome.conditions, (plots.BLACK, *plots.PALETTE), strict=False):
-            steps, values = _curve(outcome.runs[f"final-{task}-{algo}-{plan}"], "return")
+            steps, values = curve(outcome.runs[f"final-{task}-{algo}-{plan}"].metrics, "return")
             # The random policy's level is the floor: seeds below it say nothing more.
             score = np.clip((values - zero) / span, -0.5, None)
             curves.append(plots.Curve(plan_words(plan), steps, score, color))

@@ -34,7 +34,7 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
-from batchproof.study.conditions import choose
+from batchproof.study.conditions import choose, curve
 from batchproof.study.judging import (
     FEWEST_SEEDS,
     Finding,
@@ -283,9 +283,7 @@ class _Outcome:
         """Steps (T,) and a metric's values (seeds, T)."""
         columns = self.columns(f"{algo}-{key}")
         mine = columns["ending"] == ending
-        steps = np.unique(columns["step"])
-        values = columns[name][mine].reshape(len(steps), self.seeds).T
-        return steps, values.astype(float)
+        return curve({column: columns[column][mine] for column in ("step", name)}, name)
 
     def returns(self, algo: str, key: str, ending: str) -> np.ndarray:
         """Final returns (seeds,), NaN where a seed diverged."""

@@ -36,6 +36,7 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
+from batchproof.study.conditions import curve
 from batchproof.study.judging import Finding, claim_row, not_run
 from batchproof.study.random_policy import random_returns
 from batchproof.study.statistics import Interval, mean_interval, paired_difference_interval
@@ -287,9 +288,7 @@ class _Outcome:
 
     def curve(self, task: str, algo: str, key: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps (T,) and a metric's values (seeds, T)."""
-        metrics = self.results[f"{task}-{algo}-{key}"].metrics
-        steps = np.unique(metrics["step"])
-        return steps, metrics[name].reshape(len(steps), -1).T.astype(float)
+        return curve(self.results[f"{task}-{algo}-{key}"].metrics, name)
 
     def returns(self, task: str, algo: str, key: str) -> np.ndarray:
         """Returns late in training (seeds,), NaN where a seed diverged."""

@@ -35,7 +35,7 @@ from batchproof.lab.norms import Norm
 from batchproof.lab.training import Training
 from batchproof.modes import Plan
 from batchproof.study import plots, report
-from batchproof.study.conditions import choose
+from batchproof.study.conditions import choose, curve
 from batchproof.study.judging import Finding, Judge, missed, verdict_above, verdict_below
 from batchproof.study.statistics import Interval, difference_interval, mean_interval
 from batchproof.study.study import Cell, run_cells, write_study
@@ -278,9 +278,7 @@ class _Outcome:
 
     def curve(self, algo: str, key: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps (T,) and a metric's values (seeds, T)."""
-        metrics = self.results[f"{algo}-{key}"].metrics
-        steps = np.unique(metrics["step"])
-        return steps, metrics[name].reshape(len(steps), self.seeds).T.astype(float)
+        return curve(self.results[f"{algo}-{key}"].metrics, name)
 
     def scores(self, algo: str, condition: Condition) -> np.ndarray:
         """Each seed's score (seeds,), the task's worst for one that diverged.

@@ -30,6 +30,7 @@ from batchproof.study.claims.batch_vs_single.conditions import (
     Condition,
     config_of,
 )
+from batchproof.study.conditions import curve
 
 
 class Learner(NamedTuple):
@@ -160,9 +161,7 @@ def train_cell(
         _, (agents, rows), _ = checkpoint.load_checkpoint(
             folder / "checkpoint", (like.agent, like.rows)
         )
-        metrics = read_metrics(folder / "metrics.parquet")
-        at = np.unique(metrics["step"])
-        returns = metrics["return"].reshape(len(at), seeds).T
+        at, returns = curve(read_metrics(folder / "metrics.parquet"), "return")
         return Trained(condition, agents, rows, at, returns, held["wall_s"])
 
     began = time.perf_counter()
@@ -171,12 +170,12 @@ def train_cell(
     start = population.over_seeds(init, mesh, rare=True)
     learner = population.place(start(population.keys(numbers)), mesh)
     times = [round(vector_steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)]
-    curve, done = [], 0
+    evaluated, done = [], 0
     with tqdm(total=steps, desc=label, unit=" steps", disable=not progress) as bar:
         for due in times:
             learner = advance(learner, done, due)
-            curve.append(np.asarray(evaluate(learner))[:seeds])
-            bar.set_postfix_str(f"return {curve[-1].mean():.4g}", refresh=False)
+            evaluated.append(np.asarray(evaluate(learner))[:seeds])
+            bar.set_postfix_str(f"return {evaluated[-1].mean():.4g}", refresh=False)
             bar.update((due - done) * condition.num_envs)
             done = due
     agents, rows = jax.tree.map(
@@ -184,7 +183,7 @@ def train_cell(
     )
     wall_s = time.perf_counter() - began
     env_steps = np.asarray(times) * condition.num_envs
-    returns = np.stack(curve, axis=1)
+    returns = np.stack(evaluated, axis=1)
     checkpoint.save_checkpoint(folder / "checkpoint", steps, (agents, rows), {})
     records.write_columns(
         folder / "metrics.parquet",
