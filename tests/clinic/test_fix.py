@@ -513,6 +513,45 @@ def test_a_policy_that_a_fix_breaks_is_put_back(monkeypatch, mean_rule):
     assert fingerprint(subject) == before
 
 
+def refusing_nan():
+    """A policy with batch norm whose actions come from a distribution of torch, which checks."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).eval()
+
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, obs):
+            return torch.distributions.Normal(self.net(obs), 1.0, validate_args=True).mean
+
+    return Subject.from_module(Policy().eval(), torch.randn(50, 3)), net[1]
+
+
+def test_statistics_that_are_nan_are_mended_in_a_policy_that_refuses_to_act_on_nan():
+    subject, norm = refusing_nan()
+    norm.running_var[2] = float("nan")
+    norm.running_mean[1] = float("nan")
+    safe, unsafe = (fix(subject, audit(subject), unsafe=u)[0] for u in (False, True))
+    assert (safe.applied, unsafe.applied) == (False, True)
+    assert unsafe.name == "recalibrate"
+    assert "nan" not in unsafe.changed[0]
+    assert torch.isfinite(subject.act(subject.obs)).all()
+
+
+def test_a_policy_that_does_not_act_is_told_of_and_left_alone():
+    subject, norm = refusing_nan()
+    norm.weight.data[2] = float("nan")
+    before = fingerprint(subject)
+    done = fix(subject, audit(subject), only=["fold-batch-norm", "recalibrate"], unsafe=True)
+    assert [d.applied for d in done] == [False, False]
+    (fold,) = (d for d in done if d.name == "fold-batch-norm")
+    assert fold.reason.startswith("the policy does not act")
+    assert "\n" not in fold.reason
+    assert fingerprint(subject) == before
+
+
 def test_a_value_of_zero_is_as_far_from_its_threshold_as_can_be():
     assert fixes._excess(0.0, 1e-9) == float("inf")  # kappa to rounding
     assert fixes._excess(1e-12, 1e-9) == pytest.approx(1e3)

@@ -199,8 +199,14 @@ def _try(subject: Subject, one: Fix, asked: Asked) -> Fixed:
         return Fixed(
             one.name, code, False, reason="nothing is found any more", before=0.0, after=0.0
         )
-    deployed = _deployed(subject)
     result = Fixed(one.name, code, False, reason="there is nothing here that it could change")
+    deployed: Tensor | None = None
+    try:
+        deployed = _deployed(subject)
+    except Exception as error:  # the policy's own: whatever it raises
+        if one.safe:
+            reason = f"the policy does not act, so that nothing shows it is safe: {_line(error)}"
+            return replace(result, reason=reason, before=before[2])
     for way in one.ways:
         saved = Snapshot(subject)
         try:
@@ -224,18 +230,24 @@ def _judged(
     code: str,
     changed: list[str],
     before: tuple[int, int, float],
-    deployed: Tensor,
+    deployed: Tensor | None,
 ) -> Fixed:
-    """Whether what a fix changed was any help, and left alone what it must."""
+    """Whether what a fix changed was any help, and left alone what it must.
+
+    ``deployed`` is the action before; None where the policy did not act before either, which an
+    unsafe fix may be there to mend.
+    """
     try:
         after = _measure(subject, code)
-        gap = probe.difference(_deployed(subject), deployed)
-    except BatchproofError as error:  # it broke the policy
-        return Fixed(one.name, code, False, tuple(changed), f"rolled back: {error}", before[2])
+        action = _deployed(subject)
+    except Exception as error:  # it broke the policy, which raises what it likes
+        reason = f"rolled back: {_line(error)}"
+        return Fixed(one.name, code, False, tuple(changed), reason, before[2])
+    gap = math.nan if deployed is None else probe.difference(action, deployed)
     reason = ""
     if code and not after < before:
         reason = "rolled back: the measure did not fall"
-    elif one.safe and not gap <= _rounding(deployed):
+    elif one.safe and deployed is not None and not gap <= _rounding(deployed):
         reason = f"rolled back: it would change the deployed output by {gap:.3g}"
     return Fixed(one.name, code, not reason, tuple(changed), reason, before[2], after[2], gap)
 
@@ -267,6 +279,11 @@ def _deployed(subject: Subject) -> Tensor:
     batch = take(subject.obs, slice(0, min(rows(subject.obs), Examination.BATCH)))
     with unchanged(subject), torch.no_grad():
         return subject.act(batch).detach().clone()
+
+
+def _line(error: Exception) -> str:
+    """The first line of what was raised: torch's go on with the whole tensor."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _rounding(action: Tensor) -> float:

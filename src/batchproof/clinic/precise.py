@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from batchproof.clinic import probe
 from batchproof.clinic.fold import is_folded
 from batchproof.clinic.probe import LayerFacts
-from batchproof.clinic.subject import Obs, Subject, Transitions, rows, take, training_mode
+from batchproof.clinic.subject import (
+    Obs,
+    Subject,
+    Transitions,
+    rows,
+    sound_weights,
+    take,
+    training_mode,
+)
 from batchproof.errors import BatchproofError
 
 
@@ -34,9 +42,9 @@ class Recalibrated:
 
     Attributes:
         name: role and path of the layer.
-        mean_error: largest |old mean - new mean| / new standard deviation over the features.
-        log_variance_error: largest |log(old variance / new variance)| over the features whose
-            variance is not 0.
+        mean_error: largest |old mean - new mean| / new standard deviation over the features whose
+            variances are above 0 and whose old mean was a number.
+        log_variance_error: largest |log(old variance / new variance)| over the same.
         samples: rows (times positions, in feature maps) that the statistics come from.
     """
 
@@ -104,7 +112,7 @@ def recalibrate(
                 for layer in _layers(subject, passes):
                     if id(layer.call.module) not in done:
                         done.add(id(layer.call.module))
-                        results.append(_recalibrate(layer, passes(batch_size)))
+                        results.append(_recalibrate(subject, layer, passes(batch_size)))
     finally:
         torch.set_rng_state(torch_state)
     return results
@@ -147,13 +155,27 @@ def _groups(subject: Subject, obs: Obs) -> Iterator[_Passes]:
 def _layers(subject: Subject, passes: _Passes) -> list[LayerFacts]:
     """Layers with running statistics, in the order of the forward pass."""
     with probe.recorded(subject.networks, keep=1) as calls:
-        next(passes(PROBED))()
+        _run(subject, next(passes(PROBED)))
     found = [layer for layer in probe.layer_facts(calls) if layer.mean_buffer and layer.var_buffer]
     # A folded layer has no statistics of its own: new ones would undo its share of the fold.
     return [layer for layer in found if not is_folded(layer)]
 
 
-def _recalibrate(layer: LayerFacts, passes: Iterator[Callable[[], object]]) -> Recalibrated:
+def _run(subject: Subject, forward: Callable[[], object]) -> None:
+    """One pass. Torch's distributions refuse NaN, at the end, when every layer has had its call.
+
+    So statistics that are NaN do not stand in the way of their own mending.
+    """
+    try:
+        forward()
+    except ValueError:
+        if sound_weights(*subject.networks.values()):
+            raise
+
+
+def _recalibrate(
+    subject: Subject, layer: LayerFacts, passes: Iterator[Callable[[], object]]
+) -> Recalibrated:
     module = layer.call.module
     count, first, second = 0, torch.tensor(0.0), torch.tensor(0.0)
 
@@ -170,14 +192,14 @@ def _recalibrate(layer: LayerFacts, passes: Iterator[Callable[[], object]]) -> R
     handle = module.register_forward_pre_hook(see)
     try:
         for forward in passes:
-            forward()
+            _run(subject, forward)
     finally:
         handle.remove()
     mean = first / count
     var = (second / count - mean.square()).clamp_min(0)
     buffers = dict(module.named_buffers(recurse=False))
     old_mean, old_var = buffers[layer.mean_buffer], buffers[layer.var_buffer]
-    alive = (var > 0) & (old_var.double() > 0)
+    alive = (var > 0) & (old_var.double() > 0) & old_mean.isfinite()
     mean_error = ((old_mean.double() - mean).abs() / var.sqrt())[alive]
     log_error = (old_var.double() / var).log().abs()[alive]
     old_mean.data.copy_(mean)
