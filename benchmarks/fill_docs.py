@@ -33,14 +33,26 @@ def _load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def _study(name: str) -> Any:
+    return _load(RESULTS / name / "study.json")
+
+
+def _claims(study: dict[str, Any], *, predicted: bool = False) -> str:
+    """A study's verdicts, with what had been expected of them where it says so."""
+    lines = ["| claim | | predicted | verdict | measured |", "|---|---|---|---|---|"]
+    if not predicted:
+        lines = ["| claim | | verdict | measured |", "|---|---|---|---|"]
+    for c in study["claims"]:
+        cells = [c["id"], c["statement"], f"**{c['verdict']}**", c["why"]]
+        if predicted:
+            cells.insert(2, c["prediction"] + (" (missed)" if c.get("missed") else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def verdicts() -> str:
-    study = _load(RESULTS / "constant-reward" / "study.json")
-    lines = ["| claim | | verdict | measured |", "|---|---|---|---|"]
-    lines += [
-        f"| {c['id']} | {c['statement']} | **{c['verdict']}** | {c['why']} |"
-        for c in study["claims"]
-    ]
-    return "\n".join(lines) + (
+    study = _study("constant-reward")
+    return _claims(study) + (
         f"\n\n{study['seeds']} seeds, {study['steps']} steps, `{study['command']}`, "
         f"{_minutes(study)} on {_cores(study['machine'])} "
         f"({study['machine']['processor']}). Brackets are 95 % intervals of the mean."
@@ -48,7 +60,7 @@ def verdicts() -> str:
 
 
 def conditions() -> str:
-    study = _load(RESULTS / "constant-reward" / "study.json")
+    study = _study("constant-reward")
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for condition in study["conditions"]:
         key = (condition["row"], condition["label"])
@@ -170,10 +182,6 @@ def healthy() -> str:
     )
 
 
-def _breakout() -> Any:
-    return _load(RESULTS / "naturecnn-breakout" / "study.json")
-
-
 def _interval(found: list[float | None] | None) -> str:
     if found is None or found[1] is None:
         return "-"
@@ -181,15 +189,10 @@ def _interval(found: list[float | None] | None) -> str:
 
 
 def breakout_verdicts() -> str:
-    study = _breakout()
+    study = _study("naturecnn-breakout")
     if study is None:
         return "Not measured yet."
-    lines = ["| claim | | predicted | verdict | measured |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {c['id']} | {c['statement']} | {c['prediction']} | **{c['verdict']}** | {c['why']} |"
-        for c in study["claims"]
-    ]
-    return "\n".join(lines) + (
+    return _claims(study, predicted=True) + (
         f"\n\n{study['steps']:,} agent steps ({study['frames']:,} frames), `{study['command']}`, "
         f"{study['wall_s'] / 3600:.1f} hours on {_cores(study['machine'])} "
         f"({study['machine']['processor']}). Brackets are 95 % intervals over seeds."
@@ -197,7 +200,7 @@ def breakout_verdicts() -> str:
 
 
 def breakout_conditions() -> str:
-    study = _breakout()
+    study = _study("naturecnn-breakout")
     if study is None:
         return "Not measured yet."
     lines = [
@@ -219,7 +222,7 @@ def breakout_conditions() -> str:
 
 
 def breakout_cures() -> str:
-    study = _breakout()
+    study = _study("naturecnn-breakout")
     if study is None:
         return "Not measured yet."
     lines = [
@@ -235,22 +238,17 @@ def breakout_cures() -> str:
 
 
 def maddpg_verdicts() -> str:
-    study = _load(RESULTS / "maddpg-batchnorm" / "study.json")
+    study = _study("maddpg-batchnorm")
     if study is None:
         return "Not measured yet."
-    lines = ["| claim | | verdict | measured |", "|---|---|---|---|"]
-    lines += [
-        f"| {c['id']} | {c['statement']} | **{c['verdict']}** | {c['why']} |"
-        for c in study["claims"]
-    ]
-    return "\n".join(lines) + (
+    return _claims(study) + (
         f"\n\n{study['seeds']} seeds, `{study['command']}`, {_minutes(study)} on "
         "2 cores. Brackets are 95 % intervals of the mean."
     )
 
 
 def maddpg_conditions() -> str:
-    study = _load(RESULTS / "maddpg-batchnorm" / "study.json")
+    study = _study("maddpg-batchnorm")
     if study is None:
         return "Not measured yet."
     lines = [
@@ -273,23 +271,17 @@ def maddpg_conditions() -> str:
 
 def _predicted_verdicts(name: str) -> str:
     """Verdicts of a study whose claims say what was expected of them."""
-    study = _load(RESULTS / name / "study.json")
+    study = _study(name)
     if study is None:
         return "Not measured yet."
-    lines = ["| claim | | predicted | verdict | measured |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {c['id']} | {c['statement']} | {c['prediction']}{' (missed)' if c['missed'] else ''} "
-        f"| **{c['verdict']}** | {c['why']} |"
-        for c in study["claims"]
-    ]
-    return "\n".join(lines) + (
+    return _claims(study, predicted=True) + (
         f"\n\n`{study['command']}`, {study['seeds']} seeds, {_minutes(study)} on "
         f"{_cores(study['machine'])} ({study['machine']['processor']})."
     )
 
 
 def kappa_conditions() -> str:
-    study = _load(RESULTS / "kappa-predicts" / "study.json")
+    study = _study("kappa-predicts")
     if study is None:
         return "Not measured yet."
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -315,7 +307,7 @@ def kappa_conditions() -> str:
 
 
 def best_plan_final() -> str:
-    study = _load(RESULTS / "best-plan" / "study.json")
+    study = _study("best-plan")
     if study is None:
         return "Not measured yet."
     tasks = list(study["tasks"])
@@ -338,7 +330,7 @@ def best_plan_final() -> str:
 
 
 def best_plan_factors() -> str:
-    study = _load(RESULTS / "best-plan" / "study.json")
+    study = _study("best-plan")
     if study is None or not study["factors"]:
         return "Not measured yet."
     tasks = list(study["factors"][0]["by_task"])
@@ -358,15 +350,10 @@ def best_plan_factors() -> str:
 
 
 def _study_verdicts(name: str) -> str:
-    study = _load(RESULTS / name / "study.json")
+    study = _study(name)
     if study is None:
         return "Not measured yet."
-    lines = ["| claim | | verdict | measured |", "|---|---|---|---|"]
-    lines += [
-        f"| {c['id']} | {c['statement']} | **{c['verdict']}** | {c['why']} |"
-        for c in study["claims"]
-    ]
-    return "\n".join(lines) + (
+    return _claims(study) + (
         f"\n\n{study['seeds']} seeds, `{study['command']}`, {_minutes(study)} on "
         f"{_cores(study['machine'])} ({study['machine']['processor']}), shared with other "
         "work. Brackets are 95 % intervals over seeds."
@@ -380,7 +367,7 @@ def _spread(values: list[float | None], digits: int = 0) -> str:
 
 
 def joint_conditions() -> str:
-    study = _load(RESULTS / "crossq-joint" / "study.json")
+    study = _study("crossq-joint")
     if study is None:
         return "Not measured yet."
     lines = [
@@ -403,7 +390,7 @@ def joint_conditions() -> str:
 
 
 def swingup_conditions() -> str:
-    study = _load(RESULTS / "pendulum-swingup" / "study.json")
+    study = _study("pendulum-swingup")
     if study is None:
         return "Not measured yet."
     lines = [

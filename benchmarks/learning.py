@@ -49,6 +49,7 @@ class Learned:
         steps: of each evaluation, (T,).
         returns: of each evaluation, (n_seeds, T).
         wall_s: of all runs together.
+        processors: that they ran on.
         commands: that made them.
     """
 
@@ -57,6 +58,7 @@ class Learned:
     steps: NDArray[Any]
     returns: NDArray[Any]
     wall_s: float
+    processors: set[str]
     commands: list[str]
 
     @property
@@ -113,7 +115,15 @@ def _read(folder: Path) -> Learned | None:
     held = training_from_record(run["training"], folder / "run.json").record()
     training = {name: value for name, value in held.items() if name != "seeds"}
     final = [seed["final_return"] for seed in run["seeds"]]
-    return Learned(training, final, np.array(steps), returns, run["wall_s"], [run["command"]])
+    return Learned(
+        training,
+        final,
+        np.array(steps),
+        returns,
+        run["wall_s"],
+        {run["machine"]["processor"]},
+        [run["command"]],
+    )
 
 
 def pooled() -> list[Learned]:
@@ -133,6 +143,7 @@ def pooled() -> list[Learned]:
             final=one.final + run.final,
             returns=np.concatenate([one.returns, run.returns]),
             wall_s=one.wall_s + run.wall_s,
+            processors=one.processors | run.processors,
             commands=one.commands + run.commands,
         )
     return found
@@ -164,21 +175,32 @@ def table() -> str:
     return "\n".join([*lines, "", *commands])
 
 
+def sb3_minutes(task: str, steps: int, processors: set[str]) -> float | None:
+    """Of Stable-Baselines3's SAC for so many steps, at the rate measured on the same processor.
+
+    None where it was not measured on it, or the runs are of several.
+    """
+    for path in sorted(SPEED.rglob(f"{task}.json")):
+        record = _load(path)
+        rates = {row["algo"]: row["sb3_steps_per_s"] for row in record["rows"]}
+        if processors == {record["machine"]["processor"]} and "sac" in rates:
+            return steps / float(rates["sac"]) / MINUTE_S
+    return None
+
+
 def time_to_return() -> str:
     """When CrossQ reaches what SAC has after 100k steps, against one run of SB3's SAC."""
     lines = [
         "| task | agent | goal: SAC's return at 100k steps | steps to it | minutes a seed "
-        "| SB3's SAC, 100k steps | share of SB3's time |",
-        "|---|---|---|---|---|---|---|",
+        "| SB3's SAC, 100k steps | share of SB3's time | processor |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     runs = pooled()
     for env, name in TASKS.items():
         found = sacs(runs, env)
-        if not found or not (SPEED / f"{name}.json").is_file():
+        if not found:
             continue
         usual = found[0]
-        rates = {row["algo"]: row for row in _load(SPEED / f"{name}.json")["rows"]}
-        sb3_minutes = usual.training["steps"] / rates["sac"]["sb3_steps_per_s"] / MINUTE_S
         goals = {
             "our SAC's mean": statistics.fmean(usual.final),
             **{
@@ -188,17 +210,22 @@ def time_to_return() -> str:
             "the reference's": float(REFERENCES[env, "sac"].split()[0]),
         }
         for run in (run for run in runs if run.is_for == (env, "crossq")):
+            whole = sb3_minutes(name, usual.training["steps"], run.processors)
             for whose, goal in goals.items():
-                start = f"| {env} | CrossQ {run.critic} | {goal:.0f} ({whose}) "
                 reached = run.reached(goal)
-                if reached is None:
-                    lines.append(f"{start}| not reached | - | {sb3_minutes:.0f} min | - |")
-                    continue
-                minutes = run.minutes_to(reached)
-                lines.append(
-                    f"{start}| {run.steps[reached]} | {minutes:.1f} min "
-                    f"| {sb3_minutes:.0f} min | {minutes / sb3_minutes:.2f} |"
+                minutes = None if reached is None else run.minutes_to(reached)
+                share = minutes / whole if minutes and whole else None
+                cells = (
+                    env,
+                    f"CrossQ {run.critic}",
+                    f"{goal:.0f} ({whose})",
+                    "not reached" if reached is None else str(run.steps[reached]),
+                    "-" if minutes is None else f"{minutes:.1f} min",
+                    "not measured" if whole is None else f"{whole:.0f} min",
+                    "-" if share is None else f"{share:.2f}",
+                    " and ".join(sorted(run.processors)),
                 )
+                lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
