@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +16,8 @@ from batchproof.lab import nets, replay
 from batchproof.lab.agents import ddpg
 from batchproof.lab.nets import Network
 from batchproof.lab.passes import Batch
-from batchproof.modes import B, E, Mode, T
+from batchproof.lab.recalibrate import recalibrate, recalibrate_critics
+from batchproof.modes import B, E, Mode
 from batchproof.study.claims.batch_vs_single.conditions import (
     BATCH_SIZE,
     EPISODES,
@@ -146,27 +146,17 @@ def td_errors(
 def with_true_statistics(condition: Condition, agent: ddpg.State, data: Batch) -> ddpg.State:
     """The agent with every running statistic that of ``data``: (s, a) and (s', pi'(s')) pooled."""
     config = config_of(condition)
-    norm = replace(condition.norm, momentum=1.0, running_variance="biased")
-    actor_mlp, critic_mlp = (replace(mlp, norm=norm) for mlp in (config.actor, config.critic))
     obs = jnp.concatenate([data.obs, data.next_obs])
-
-    def actor(network: Network) -> Network:
-        return Network(network.params, nets.apply(actor_mlp, network, obs, T)[1])
-
     assert agent.target_actor is not None
     assert agent.target_critic is not None
-    target_actor = actor(agent.target_actor)
+    target_actor = recalibrate(config.actor, agent.target_actor, obs)
     next_action, _ = ddpg.policy(config, target_actor, data.next_obs, E)
     action = jnp.concatenate([data.action, next_action])
-
-    def critic(network: Network) -> Network:
-        return Network(network.params, nets.q_values(critic_mlp, network, obs, action, T)[1])
-
     return agent._replace(
-        actor=actor(agent.actor),
+        actor=recalibrate(config.actor, agent.actor, obs),
         target_actor=target_actor,
-        critic=critic(agent.critic),
-        target_critic=critic(agent.target_critic),
+        critic=recalibrate_critics(config.critic, agent.critic, obs, action),
+        target_critic=recalibrate_critics(config.critic, agent.target_critic, obs, action),
     )
 
 
