@@ -164,6 +164,20 @@ def test_averages_break_down_at_one_row(name):
     assert spoilt(name, share_of_rows=1 / 256) > 1000
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [1, 2, 9, 64])
+def test_the_median_is_one_of_the_rows_to_the_last_bit(rows, dtype):
+    """As a sort has it, infinities, ties, signed zeros, tiny numbers and NaN included."""
+    rng = np.random.default_rng(rows)
+    x = rng.normal(0, 3, (rows, 40)).astype(dtype)
+    odd = [np.inf, -np.inf, 0.0, -0.0, np.finfo(dtype).tiny, -np.finfo(dtype).max, np.nan, -np.nan]
+    x[rng.random(x.shape) < 0.3] = 1.5
+    x[:, 8:24] = rng.choice(np.array(odd, dtype), (rows, 16))
+    found = np.asarray(jax.jit(estimators._lower_median)(jnp.asarray(x)))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, np.sort(x, axis=0)[(rows - 1) // 2])
+
+
 def test_winsorized_breaks_down_at_half_of_the_rows():
     assert ESTIMATORS["winsorized"].breakdown.startswith("1/2 of a batch's rows")
     assert spoilt("winsorized", share_of_rows=0.45) < 20
