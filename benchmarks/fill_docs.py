@@ -442,6 +442,7 @@ TABLES = {
         "time-to-return": learning.time_to_return,
         "crossq": lambda: _benchmark("crossq"),
     },
+    "estimators.md": {"recalibration": lambda: _benchmark("recalibration")},
     "growth.md": {"growth": lambda: _benchmark("growth")},
     "gpu.md": {"gpu": lambda: _benchmark("gpu_on_cpu")},
     "reliability.md": {

@@ -864,6 +864,7 @@ def to_subject(
     agent: str | None = None,
     transitions: dict[str, np.ndarray] | None = None,
     bounds: Bounds | None = None,
+    collected: bool = False,
 ) -> Subject:
     """A lab checkpoint for the clinic: actor, critics and their targets as torch modules.
 
@@ -879,6 +880,7 @@ def to_subject(
         agent: whose networks, in a run of several.
         transitions: ``obs``, ``action`` in [-1, 1], ``reward``, ``next_obs`` and ``terminated``.
         bounds: the environment's lowest and highest actions, of all agents.
+        collected: as in `Subject`: whether the policy has just made these steps itself.
     """
     index = run.agent_index(agent)
     whole = index is not None and run.config["centralized"]
@@ -948,6 +950,7 @@ def to_subject(
         targets={role: role.removesuffix("_target") for role in networks if "_target" in role},
         name=name,
         gamma=float(run.config["gamma"]),
+        collected=collected,
         plan=lambda: str(run.plan),
         **more,
     )

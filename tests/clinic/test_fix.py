@@ -540,6 +540,22 @@ def test_statistics_that_are_nan_are_mended_in_a_policy_that_refuses_to_act_on_n
     assert torch.isfinite(subject.act(subject.obs)).all()
 
 
+def test_an_off_policy_agent_is_not_recalibrated_on_its_own_states():
+    """Its statistics are the replay's; worthless ones are mended with any states."""
+    model = norm_model()
+    subject = subject_from_model(model, env="Pendulum-v1")
+    before = fingerprint(subject)
+    (done,) = fix(subject, [], only=["recalibrate"], unsafe=True)
+    assert not done.applied
+    assert "replay" in done.reason
+    assert fingerprint(subject) == before
+    norm = next(m for m in model.actor.modules() if isinstance(m, nn.BatchNorm1d))
+    norm.running_var[0] = float("nan")
+    (done,) = fix(subject, audit(subject, only=["BP404"]), unsafe=True)
+    assert done.applied
+    assert torch.isfinite(norm.running_var).all()
+
+
 def test_a_policy_that_does_not_act_is_told_of_and_left_alone():
     subject, norm = refusing_nan()
     norm.weight.data[2] = float("nan")

@@ -6,7 +6,7 @@ from torch import nn
 
 from batchproof.clinic.fold import fold
 from batchproof.clinic.precise import recalibrate
-from batchproof.clinic.subject import Subject, Transitions
+from batchproof.clinic.subject import Subject, Transitions, fingerprint
 from batchproof.errors import BatchproofError
 
 torch.set_num_threads(1)
@@ -138,6 +138,18 @@ def test_recalibrating_twice_changes_nothing_more():
     assert [r.name for r in again] == ["policy.1", "policy.4"]
     for a, b in zip(before, module.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_an_off_policy_agents_own_states_are_refused_unless_they_are_asked_for():
+    module, x = net(), data()
+    own = Subject.from_module(module, x, collected=True)
+    assert recalibrate(own)  # on-policy: its statistics are of such states
+    own = Subject.from_module(module, x, collected=True, critic=lambda obs, action: action.T)
+    before = fingerprint(own)
+    with pytest.raises(BatchproofError, match="those of its replay"):
+        recalibrate(own)
+    assert fingerprint(own) == before
+    assert recalibrate(own, data(seed=3))
 
 
 def test_nothing_to_do_and_bad_input():

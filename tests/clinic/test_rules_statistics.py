@@ -178,6 +178,20 @@ def test_shifted_observations(shift, status):
         assert outcome.findings[0].value == pytest.approx(shift, rel=0.2)
 
 
+@pytest.mark.parametrize(("shift", "status"), [(0.0, PASS), (3.0, SKIPPED), (20.0, FAIL)])
+def test_an_off_policy_agents_own_states_show_gross_errors_alone(shift, status):
+    """Its statistics are those of its replay: what they are of can not be compared with these."""
+    subject = planted.Learner().subject(updates=100)
+    norm = subject.networks["critic"].net[4]
+    norm.running_mean += shift * norm.running_var.sqrt()
+    assert check(subject, "BP402").status is (REVIEW if shift == 3 else status)
+    outcome = check(replace(subject, collected=True), "BP402")
+    assert outcome.status is status
+    assert shift != 3 or "replay" in outcome.reason
+    alone = replace(subject, collected=True, critic=None)  # on-policy: its states are these
+    assert check(alone, "BP402").status is not SKIPPED
+
+
 def test_stale_statistics_of_a_critic_are_told_in_td_units():
     learner = planted.Learner()
     subject = learner.subject(updates=100)

@@ -393,6 +393,27 @@ def test_a_policy_with_nan_is_collected_with_and_fails_its_rule(algorithm, argum
     assert outcomes["BP101"].reason == NOT_FINITE
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "steps", "env", "collected", "lacks"),
+    [
+        (SAC, 150, None, False, False),
+        (SAC, 150, "Pendulum-v1", True, True),
+        (SAC, 0, "Pendulum-v1", True, True),
+        (PPO, 0, "Pendulum-v1", True, False),
+    ],
+)
+def test_whether_the_states_are_the_policys_own(algorithm, steps, env, collected, lacks):
+    subject = subject_from_model(make(algorithm, steps=steps), env=env)
+    assert (subject.collected, subject.lacks_replay) == (collected, lacks)
+
+
+def test_given_states_are_no_collected_ones_unless_transitions_are():
+    obs = np.zeros((4, 3), np.float32)
+    assert not subject_from_model(make(SAC), obs).lacks_replay
+    assert not subject_from_model(make(SAC, steps=150), obs, env="Pendulum-v1").lacks_replay
+    assert subject_from_model(make(SAC), obs, env="Pendulum-v1").lacks_replay
+
+
 def test_random_actions_stand_in_for_nan_alone():
     model = make(SAC, Reach("vector"))
     model.predict = lambda obs, **_: (np.array([[np.nan, 0.5], [0.25, 0.5]], np.float32), None)

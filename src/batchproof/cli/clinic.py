@@ -497,7 +497,15 @@ def _from_run(args: argparse.Namespace) -> Subject:
         collected = load.collect(lab, seed, AUDITED, args.env)
         transitions, bounds = collected._asdict(), load.bounds(lab, seed)
         obs = collected.obs if obs is None else obs
-    return to_subject(run, seed, obs, agent=args.agent, transitions=transitions, bounds=bounds)
+    return to_subject(
+        run,
+        seed,
+        obs,
+        agent=args.agent,
+        transitions=transitions,
+        bounds=bounds,
+        collected=transitions is not None,
+    )
 
 
 def observations(path: Path, size: int) -> Any:

@@ -386,7 +386,9 @@ def _sync_targets(subject: Subject, asked: Asked) -> list[str]:
 
 
 def _recalibrate(subject: Subject, asked: Asked) -> list[str]:
-    return [str(done) for done in recalibrate(subject)]
+    # Statistics that never moved or are NaN are worth nothing: any states are better.
+    obs = subject.obs if asked.code in ("BP401", "BP404") else None
+    return [str(done) for done in recalibrate(subject, obs)]
 
 
 def _fold(subject: Subject, asked: Asked) -> list[str]:

@@ -69,12 +69,24 @@ _Critic = Callable[[Obs, Tensor], Tensor]
 _Actor = Callable[[Obs], Tensor]
 
 
+LACKS_REPLAY = (
+    "the running statistics of an off-policy agent are those of its replay, and these are states "
+    "of its present policy, under whose statistics it may stop working: load the replay buffer "
+    "(model.load_replay_buffer), or give observations of it (obs=..., on the command line --obs "
+    "FILE) and no environment"
+)
+
+
 def recalibrate(
     subject_or_module: Subject | nn.Module, obs: Obs | None = None, *, batch_size: int = 256
 ) -> list[Recalibrated]:
     """Give every layer with running statistics those of the given data, in place.
 
     Layers that `fold` left neutral stay so.
+
+    **Which data.** That which the statistics are of in training: an on-policy agent's rollouts, an
+    off-policy agent's replay. Under the statistics of the states that the present policy visits,
+    off-policy agents that worked failed (docs/estimators.md, "On which states").
 
     In a subject with transitions the critics are recalibrated on (s, a) and (s', pi(s')) together,
     the mixture that a TD update puts through them. Everything else, modes and random state
@@ -90,12 +102,15 @@ def recalibrate(
         where no layer keeps running statistics.
 
     Raises:
-        BatchproofError: no observations, or fewer than 2.
+        BatchproofError: no observations, or fewer than 2, or an off-policy subject that has only
+            states of its present policy (`Subject.lacks_replay`) and no ``obs`` are given.
     """
     if batch_size < 1:
         raise BatchproofError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(subject_or_module, Subject):
         subject = subject_or_module
+        if obs is None and subject.lacks_replay:
+            raise BatchproofError(LACKS_REPLAY)
         given = subject.obs if obs is None else obs
     else:
         if obs is None:

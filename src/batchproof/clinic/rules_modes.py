@@ -158,9 +158,9 @@ def _layers_in_words(where: Located) -> str:
     why="The loss is computed for the train-mode policy and the eval-mode policy acts. A gap in "
     "action units is the error of that stand-in; in the critic it is an error of the TD target.",
     mend="Nothing, where the gap is small against the action range and shrinks with the batch. "
-    "Else use larger batches, recalibrate the running statistics, or replace the layer by Batch "
-    "Renorm, or by LayerNorm, which has no gap. Where modes are mixed, call eval() on the whole "
-    "network.",
+    "Else use larger batches, recalibrate the running statistics (an off-policy agent's on its "
+    "replay), or replace the layer by Batch Renorm, or by LayerNorm, which has no gap. Where modes "
+    "are mixed, call eval() on the whole network.",
     fix="recalibrate",
     safe=False,
     references=(

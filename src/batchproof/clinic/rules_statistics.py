@@ -302,6 +302,10 @@ def reward_scale(subject: Subject) -> float:
 
 SHIFT = 0.5  # standard deviations
 LOG_RATIO = math.log(4)  # a standard deviation that is off by a factor of 2
+NO_REPLAY = (
+    "the statistics of an off-policy agent are those of its replay: load the replay buffer, or "
+    "give observations of it (--obs FILE, no --env), to compare"
+)
 HARDLY = 1e-3  # of the largest variance in the layer: dying features are BP408's
 FAR_SHIFT, FAR_LOG_RATIO = 5.0, math.log(100)  # another distribution
 
@@ -322,7 +326,9 @@ FAR_SHIFT, FAR_LOG_RATIO = 5.0, math.log(100)  # another distribution
         "far apart the sources of data are themselves. Features with less than 1e-3 of the "
         "layer's largest variance are left out. A failure where the median over features exceeds "
         "the same with 5 in place of 0.5, or log 100 in place of log 4, and the initial values "
-        "weigh less than 5% by the layer's own counter; review otherwise."
+        "weigh less than 5% by the layer's own counter; review otherwise. "
+        "Of an off-policy agent on states of its present policy, whose replay is not here, only "
+        "failures are told: there its statistics are rightly others."
     ),
     why=(
         "Acting normalizes with numbers that do not fit what the layer sees, so that the action is "
@@ -331,8 +337,9 @@ FAR_SHIFT, FAR_LOG_RATIO = 5.0, math.log(100)  # another distribution
     ),
     mend=(
         "Look at the observations' scale first: a policy that was trained under VecNormalize must "
-        "be given them as it had them there (`--vecnormalize FILE`). Then recalibrate on current "
-        "observations (PreciseBN), or raise the momentum."
+        "be given them as it had them there (`--vecnormalize FILE`). Then recalibrate (PreciseBN), "
+        "an on-policy agent on current observations, an off-policy agent on those of its replay "
+        "alone; or raise the momentum."
     ),
     fix="recalibrate",
     safe=False,
@@ -372,6 +379,8 @@ def stale(exam: Examination) -> Outcome:
             break
     if not findings:
         return passed()
+    if exam.subject.lacks_replay and not far:
+        return skipped(NO_REPLAY)
     findings.sort(key=lambda f: -f.value / f.threshold)
     return failed(*findings) if far else review(*findings)
 

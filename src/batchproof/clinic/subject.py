@@ -66,6 +66,8 @@ class Subject:
         critic_actor: the actor's differentiable action (B, A), scaled as the critics take it.
         target_actor: the same by the target actor; None where the actor itself is asked.
         transitions: replayed transitions; None where there are none.
+        collected: whether observations or transitions are of steps that the policy has just made,
+            not of what it was trained on.
         action_low: (A,) bounds in environment units; None where unknown or discrete.
         action_high: (A,).
         gamma: discount per step.
@@ -90,6 +92,7 @@ class Subject:
     critic_actor: Callable[[Obs], Tensor] | None = None
     target_actor: Callable[[Obs], Tensor] | None = None
     transitions: Transitions | None = None
+    collected: bool = False
     action_low: Tensor | None = None
     action_high: Tensor | None = None
     gamma: float = 0.99
@@ -113,6 +116,15 @@ class Subject:
                     f"{self.name}: the observations hold NaN or infinity: clean them, "
                     "or collect them again"
                 )
+
+    @property
+    def lacks_replay(self) -> bool:
+        """Whether it was trained on a replay (it has critics of actions) that is not here.
+
+        Its running statistics are those of the replay. The states that the present policy visits
+        have others, and under those a policy that worked may not: see docs/estimators.md.
+        """
+        return self.collected and self.critic is not None
 
     @classmethod
     def from_module(

@@ -109,6 +109,7 @@ def subject_from_model(
         else:
             found = buffered(model, count, seed)
         replayed = _replayed(model, seed)
+        acted = collected is not None and (obs is None or replayed is None)
         if replayed is None and collected is not None:
             replayed = collected.transitions
     action = _Action(model)
@@ -122,6 +123,7 @@ def subject_from_model(
         discrete=not isinstance(model.action_space, spaces.Box),
         targets={role: role.removesuffix("_target") for role in networks if "_target" in role},
         transitions=replayed,
+        collected=acted,
         action_low=action.low,
         action_high=action.high,
         gamma=float(getattr(model, "gamma", 0.99)),
