@@ -24,7 +24,7 @@ from batchproof import cli, export, records, run_record
 from batchproof.clinic import rules
 from batchproof.errors import BatchproofError
 from batchproof.export import LabRun, read_run
-from batchproof.lab import checkpoint, load, nets, obs_norm
+from batchproof.lab import checkpoint, load, nets, obs_norm, off_policy, replay
 from batchproof.lab.agents import AGENTS, crossq, ddpg, maddpg, reinforce, sac, td3, xqc
 from batchproof.lab.envs.layout import Layout
 from batchproof.lab.nets import MLP
@@ -581,6 +581,67 @@ def test_an_export_never_takes_the_place_of_a_run_s_own_files(folder, tmp_path, 
     mine = tmp_path / "checkpoint"  # a folder of that name that is no run's
     mine.mkdir()
     assert say(*words, "-o", mine / "actor.safetensors")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["sb3-td3", "team"])
+def test_transitions_of_the_replay_are_those_that_were_stored(folder, name):
+    run = read_run(folder(name))
+    assert run.replayed(5, 64) is None  # made before runs kept a sample
+    obs, action = run.spaces["obs_size"], run.spaces["action_size"]
+    rewards = len(run.agents) or 1
+    draw = np.random.default_rng(0)
+    rows = replay.init(100, obs, action, rewards)
+    stored = []
+    for step in range(100):
+        sizes = (obs, action, rewards, obs)
+        one = [draw.normal(size=size).astype(np.float32) for size in sizes]
+        one = [*one, draw.random() < 0.5]
+        stored.append(one)
+        rows = replay.insert(rows, step, *(jnp.asarray(part) for part in one))
+    held = np.stack([np.zeros_like(rows), np.asarray(rows)])  # SEEDS are (7, 5)
+    found = replace(run, arrays=run.arrays | {"rows": held}).replayed(5, 64)
+    order = [int(np.flatnonzero((np.stack([s[0] for s in stored]) == o).all(1))[0])
+             for o in found["obs"]]  # fmt: skip
+    assert sorted(set(order)) == order
+    assert len(order) == 64
+    for i, at in enumerate(order):
+        for key, part in zip(("obs", "action", "reward", "next_obs"), stored[at], strict=False):
+            np.testing.assert_array_equal(
+                found[key][i], part if key != "reward" else part.squeeze()
+            )
+        assert found["terminated"][i] == stored[at][4]
+    wrong = replace(run, arrays=run.arrays | {"rows": held[..., 1:]})
+    with pytest.raises(BatchproofError, match="sizes that the replay has not"):
+        wrong.replayed(5, 64)
+
+
+def test_a_run_is_audited_on_its_replay(tmp_path, say, monkeypatch):
+    """A running one on all of it, a finished one on a sample; BP402 is about no other data."""
+    config = td3.Config(actor=net("batch"), critic=net("batch"), batch_size=8)
+    training = Training("td3", config, "Pendulum-v1", seeds=SEEDS, steps=1100, learning_starts=1000)
+    stepper = off_policy.Stepper(training)
+    stepper.advance(1100)
+    stepper.save_agents(tmp_path / "checkpoint")
+    spaces = {"obs_size": OBS, "action_size": ACTION, "agents": None}
+    run = {"status": "finished", "training": training.record(), "devices": 1, "spaces": spaces}
+    records.write_json(tmp_path / "run.json", run)
+    kept = read_run(tmp_path).arrays["rows"]
+    whole = np.asarray(stepper.seed.rows)
+    assert kept.shape == (len(whole), 1024, whole.shape[2])
+    assert all({row.tobytes() for row in a} <= {row.tobytes() for row in b}
+               for a, b in zip(kept, whole, strict=True))  # fmt: skip
+    assert load.load_run(tmp_path).step == 1100
+    monkeypatch.setattr(load, "collect", None)  # no environment is stepped
+    code, out, _ = say("audit", tmp_path, "--only", "BP402,BP305", "--format", "json")
+    assert code in (0, 1)
+    outcomes = {one["code"]: one for one in json.loads(out)["rules"]}
+    assert "skipped" not in {one["status"] for one in outcomes.values()}
+    monkeypatch.undo()
+    code, out, _ = say(
+        "audit", tmp_path, "--only", "BP402", "--format", "json", "--env", "Pendulum-v1"
+    )
+    (outcome,) = json.loads(out)["rules"]
+    assert outcome["status"] in ("skipped", "fail")
 
 
 def test_trace_and_audit_take_a_run_s_folder(folder, tmp_path, say):

@@ -39,6 +39,7 @@ ROUNDING = 32
 
 ALGORITHMS = ("td3", "sac", "ddpg", "crossq", "xqc", "maddpg", "reinforce")
 HIDDEN = re.compile(r"agent\.(actor|critic)s?(?:\.\d+)?\.params\.linear_(\d+)\.weight")
+FEWEST = 64  # transitions that make a replay worth speaking of
 SQUASHED = ("sac", "crossq", "xqc")  # actors whose output is mean and log std, (B, 2 A)
 CLIP, NORMALIZER_EPS, REWARD_EPS = 10.0, 1e-8, 1e-8  # as `batchproof.lab.obs_norm` and its xqc
 FILE_FORMAT = "batchproof.actor.1"
@@ -159,7 +160,8 @@ class LabRun:
         spaces: sizes of observations and actions, and the agents where there are several.
         step: environment steps done.
         arrays: the checkpoint by name, for example ``agent.actor.params.linear_0.weight``; each
-            has a leading axis P.
+            has a leading axis P. ``rows`` is the replay (`batchproof.lab.replay`), a sample of it
+            where the run is finished.
     """
 
     folder: Path
@@ -204,6 +206,31 @@ class LabRun:
             for name, array in self.arrays.items()
             if name.startswith(start)
         }
+
+    def replayed(self, seed: int, count: int) -> dict[str, np.ndarray] | None:
+        """Up to ``count`` transitions of a seed's replay, for `to_subject`; the same in each call.
+
+        None where the checkpoint holds fewer than `FEWEST`: of an agent without replay, or made
+        before runs kept a sample.
+
+        Raises:
+            BatchproofError: the record speaks of other sizes than were saved.
+        """
+        rows = self.arrays.get("rows")
+        if rows is None:
+            return None
+        obs, rewards = self.spaces["obs_size"], len(self.agents) or 1
+        cuts = np.cumsum([obs, self.spaces["action_size"], rewards, 1])
+        if rows.ndim != 3 or rows.shape[2] != cuts[-1] + obs:
+            run_record.refuse(self.folder / "run.json", "sizes that the replay has not")
+        if rows.shape[1] < FEWEST:
+            return None
+        chosen = np.random.default_rng(seed).permutation(rows.shape[1])[:count]
+        own = rows[self.training["seeds"].index(seed), np.sort(chosen)]
+        parts = np.split(own, cuts, axis=1)
+        parts[2] = parts[2] if self.agents else parts[2][:, 0]
+        names = ("obs", "action", "reward", "terminated", "next_obs")
+        return dict(zip(names, parts, strict=True)) | {"terminated": parts[3][:, 0]}
 
     def agent_index(self, agent: str | None) -> int | None:
         """Number of the agent that is meant, None in a run of one.

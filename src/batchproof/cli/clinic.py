@@ -353,13 +353,16 @@ def _check_model(args: argparse.Namespace) -> None:
                         f"--{option} has no effect on a run of the lab, whose update is traced on "
                         "a batch of its own: leave it out"
                     )
+    elif not _is_reference(args.model) and not Path(args.model).is_file():
+        raise BatchproofError(
+            f"{args.model}: no such file; MODEL is a Stable-Baselines3 .zip, the folder of a "
+            "`batchproof train` run, or package.module:factory with --trust"
+        )
     elif args.run is not _fix and (args.seed is not None or args.agent is not None):
         option = "seed" if args.seed is not None else "agent"
         raise BatchproofError(
             f"--{option} is for the folder of a `batchproof train` run: leave it out"
         )
-    if _is_run(args.model):
-        pass
     elif _is_reference(args.model):
         if not args.trust:
             raise BatchproofError(
@@ -369,11 +372,6 @@ def _check_model(args: argparse.Namespace) -> None:
             raise BatchproofError(
                 f"--env has no effect on {args.model}: give its observations with --obs FILE"
             )
-    elif not Path(args.model).is_file():
-        raise BatchproofError(
-            f"{args.model}: no such file; MODEL is a Stable-Baselines3 .zip, the folder of a "
-            "`batchproof train` run, or package.module:factory with --trust"
-        )
     _check_vecnormalize(args)
     for option in ("obs", "vecnormalize"):
         path = getattr(args, option)
@@ -480,7 +478,7 @@ def _from_reference(reference: str, obs: Path | None) -> Subject:
 
 
 def _from_run(args: argparse.Namespace) -> Subject:
-    """The agent of a lab run, with observations and transitions from its environment."""
+    """The agent of a lab run, with a sample of its replay, or what it does in an environment."""
     from batchproof.export import read_run, to_subject
 
     folder = Path(args.model)
@@ -489,14 +487,18 @@ def _from_run(args: argparse.Namespace) -> Subject:
     run.agent_index(args.agent)
     obs = None if args.obs is None else observations(args.obs, run.spaces["obs_size"])
     transitions = bounds = None
+    collected = False
     if obs is None or args.env is not None:
         from batchproof.lab import load
 
         lab = load.load_run(folder)
         lab.of_seed(seed)  # a wrong seed is told before the environment is stepped
-        collected = load.collect(lab, seed, AUDITED, args.env)
-        transitions, bounds = collected._asdict(), load.bounds(lab, seed)
-        obs = collected.obs if obs is None else obs
+        transitions = run.replayed(seed, AUDITED) if args.env is None else None
+        if transitions is None:
+            collected = True
+            transitions = load.collect(lab, seed, AUDITED, args.env)._asdict()
+        bounds = load.bounds(lab, seed)
+        obs = transitions["obs"] if obs is None else obs
     return to_subject(
         run,
         seed,
@@ -504,7 +506,7 @@ def _from_run(args: argparse.Namespace) -> Subject:
         agent=args.agent,
         transitions=transitions,
         bounds=bounds,
-        collected=transitions is not None,
+        collected=collected,
     )
 
 

@@ -180,7 +180,9 @@ class _Run:
                     return Result(_columns(self.rows), seeds, wall_s)
         wall_s = time.perf_counter() - began
         self._write_metrics()
-        stepper.save_agents(folder)
+        state = checkpoint.read_state(folder)
+        if state is None or state["step"] < steps:  # else killed just before the record
+            stepper.save_agents(folder)
         seeds = self._write_record("finished", wall_s)
         return Result(_columns(self.rows), seeds, wall_s)
 

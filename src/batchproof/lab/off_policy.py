@@ -35,6 +35,7 @@ from batchproof.lab.envs.layout import Layout, layout_of
 from batchproof.lab.passes import Batch
 from batchproof.lab.training import NOT_DIVERGED, Training, check_agents
 
+KEPT = 1024  # transitions of each seed's replay that a finished run keeps, for audits
 DIVERGED_Q = 1e9  # a value beyond this, in units of return, is divergence
 
 
@@ -424,8 +425,15 @@ class Stepper:
         checkpoint.save_checkpoint(folder, self.step, self.seed._replace(rows=rows), extra)
 
     def save_agents(self, folder: Path) -> None:
-        """Write a checkpoint of the agents alone: a finished run has nothing to resume."""
-        checkpoint.save_checkpoint(folder, self.step, self._outcome(), {})
+        """Write a checkpoint of the agents and a sample of the replay: nothing is to be resumed.
+
+        The sample is what running statistics are compared with: states of the final policy have
+        others.
+        """
+        filled = min(self.step, self.training.capacity)
+        chosen = np.random.default_rng(0).choice(filled, min(KEPT, filled), replace=False)
+        tree = self._outcome() | {"rows": self.seed.rows[:, np.sort(chosen)]}
+        checkpoint.save_checkpoint(folder, self.step, tree, {})
 
     def _outcome(self) -> dict[str, Any]:
         names = ("agent", "obs_moments", "diverged_at")
