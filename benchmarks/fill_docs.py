@@ -129,6 +129,10 @@ def _benchmark(name: str) -> str:
     )
 
 
+def _both_processors(name: str) -> str:
+    return f"{_benchmark(name)}\n\n{_benchmark(f'avx512/{name}')}"
+
+
 def _report() -> str:
     return (RESULTS / "benchmarks" / "report.md").read_text(encoding="utf-8").strip()
 
@@ -453,8 +457,8 @@ TABLES = {
         "constant_reward": lambda: "\n\n".join(
             _benchmark(f"constant_reward_{width}") for width in (64, 256)
         ),
-        "halfcheetah": lambda: _benchmark("halfcheetah"),
-        "hopper": lambda: _benchmark("hopper"),
+        "halfcheetah": lambda: _both_processors("halfcheetah"),
+        "hopper": lambda: _both_processors("hopper"),
         "gemm": lambda: _benchmark("gemm"),
         "audit": lambda: _benchmark("audit"),
         "layers": lambda: _benchmark("layers"),
