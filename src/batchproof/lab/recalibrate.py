@@ -34,8 +34,10 @@ from batchproof.modes import T
 def recalibrate(mlp: MLP, network: Network, obs: Array, action: Array | None = None) -> Network:
     """One network with the statistics of ``obs`` (N, O) and, for a critic, ``action`` (N, A).
 
-    The rows may come from anywhere: a sample of the replay, the observations of rollouts, or a
-    file's, several batches joined by ``jnp.concatenate``. The variance written is the biased one.
+    The rows are of the data that training normalizes: a sample of the replay, or an on-policy
+    agent's rollouts; several batches are joined by ``jnp.concatenate``. Under the statistics of the
+    states that its present policy visits an off-policy agent that worked may fail: see
+    docs/estimators.md. The variance written is the biased one.
 
     Raises:
         BatchproofError: fewer than 2 rows.
