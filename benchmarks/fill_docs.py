@@ -444,6 +444,7 @@ TABLES = {
     "atari.md": {"atari": lambda: _benchmark("atari")},
     "crossq.md": {
         "time-to-return": learning.time_to_return,
+        "crossq-minus-sac": learning.crossq_minus_sac,
         "crossq": lambda: _benchmark("crossq"),
     },
     "estimators.md": {"recalibration": lambda: _benchmark("recalibration")},

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from batchproof.lab.agents import sac
 from batchproof.lab.load import training_from_record
 from batchproof.study import plots
+from batchproof.study.statistics import difference_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "results" / "learning"
@@ -79,9 +80,9 @@ class Learned:
         return self.training["env_id"], self.training["algo"]
 
     @property
-    def late(self) -> float:
-        """Mean return over seeds and over the evaluations of the last fifth."""
-        return float(self.returns[:, self.steps > 0.8 * self.training["steps"]].mean())
+    def late(self) -> NDArray[Any]:
+        """Mean return of each seed over the evaluations of the last fifth, (n_seeds,)."""
+        return self.returns[:, self.steps > 0.8 * self.training["steps"]].mean(1)
 
     def reached(self, goal: float) -> int | None:
         """The evaluation from which on the mean over seeds is never below the goal again."""
@@ -168,7 +169,7 @@ def table() -> str:
         lines.append(
             f"| {env} | {algo.upper()} | {run.critic} | {run.learning_rate:g} "
             f"| {run.training['steps']} | {len(run.final)} | {statistics.fmean(run.final):.0f} "
-            f"| {' '.join(f'{value:.0f}' for value in run.final)} | {run.late:.0f} "
+            f"| {' '.join(f'{value:.0f}' for value in run.final)} | {run.late.mean():.0f} "
             f"| {run.wall_s / MINUTE_S:.0f} min | {REFERENCES.get((env, algo), '-')} |"
         )
     commands = [f"    {command}" for run in runs for command in run.commands]
@@ -226,6 +227,24 @@ def time_to_return() -> str:
                     " and ".join(sorted(run.processors)),
                 )
                 lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def crossq_minus_sac() -> str:
+    """What CrossQ earns more than SAC over the last fifth, at each of SAC's learning rates."""
+    lines = [
+        "| task | critics | CrossQ, last fifth | SAC at | SAC, last fifth | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    runs = pooled()
+    for env in TASKS:
+        for run in (run for run in runs if run.is_for == (env, "crossq")):
+            for other in sacs(runs, env):
+                gap = difference_interval(run.late, other.late)
+                lines.append(
+                    f"| {env} | {run.critic} | {run.late.mean():.0f} | {other.learning_rate:g} "
+                    f"| {other.late.mean():.0f} | {gap.mean:.0f} [{gap.lo:.0f}, {gap.hi:.0f}] |"
+                )
     return "\n".join(lines)
 
 
