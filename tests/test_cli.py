@@ -433,6 +433,21 @@ def test_a_preset_and_settings_become_a_configuration(
     assert seen[0].update_every == 3
 
 
+def test_what_train_names_as_next_steps_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*TINY, "--seeds", "3,", "--out", "a run"]) == 0
+    shown = capsys.readouterr().out
+    steps = [
+        line.split(": batchproof ")[1] for line in shown.splitlines() if ": batchproof " in line
+    ]
+    assert steps == ["report 'a run'", "audit 'a run' --seed 3"]
+    for step in steps:
+        assert main(shlex.split(step)) in (0, 1), step
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_an_option_that_the_agent_has_not_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -330,13 +330,13 @@ def _print_result(result: Result, out: Path, *, tensorboard: bool) -> None:
     if lost:
         print(f"\nDIVERGED: {lost} of {words.count(count, 'seed')}; they have no final return.")
     metrics = out / "metrics.parquet"
-    script = (
-        "import pyarrow.parquet as pq; "
-        f"[print(row) for row in pq.read_table({str(metrics)!r}).to_pylist()]"
-    )
     print(f"\n{out / 'run.json'}: configuration, versions, seeds")
     print(f"{metrics}: a row for each evaluation and seed")
     print(f"{out / 'checkpoint'}: the agents, in safetensors")
-    print(f"\nLook at the metrics with any Parquet reader, or: python -c {shlex.quote(script)}")
+    folder = shlex.quote(str(out))
+    print(f"\nCurves and more: batchproof report {folder}")
+    seed = next((seed["seed"] for seed in result.seeds if seed["status"] == "ok"), None)
+    if seed is not None:
+        print(f"What is wrong with an agent: batchproof audit {folder} --seed {seed}")
     if tensorboard:
-        print(f"or: tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}")
+        print(f"Or: tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}")
