@@ -311,22 +311,23 @@ def _is_finished(out: Path) -> bool:
 
 
 def _print_result(result: Result, out: Path, *, tensorboard: bool) -> None:
-    sound = []
+    sound = {}
     print(f"{'seed':>10}  {'final return':>12}  status")
     for seed in result.seeds:
         value, status = seed["final_return"], seed["status"]
         value = math.nan if value is None else value  # NaN cannot stand in run.json
         if status == "ok":
-            sound.append(value)
+            sound[seed["seed"]] = value
             shown = f"{value:.2f}"
         else:
             shown, status = "-", f"diverged at step {seed['diverged_at']}"
         print(f"{seed['seed']:>10}  {shown:>12}  {status}")
     count, lost = len(result.seeds), len(result.seeds) - len(sound)
     if sound:
-        mean = math.fsum(sound) / len(sound)
+        final = sound.values()
+        mean = math.fsum(final) / len(final)
         kept = f"over {words.count(len(sound), 'seed')}" + (" that did not diverge" if lost else "")
-        print(f"\nmean {mean:.2f}, min {min(sound):.2f}, max {max(sound):.2f} {kept}")
+        print(f"\nmean {mean:.2f}, min {min(final):.2f}, max {max(final):.2f} {kept}")
     if lost:
         print(f"\nDIVERGED: {lost} of {words.count(count, 'seed')}; they have no final return.")
     metrics = out / "metrics.parquet"
@@ -335,8 +336,8 @@ def _print_result(result: Result, out: Path, *, tensorboard: bool) -> None:
     print(f"{out / 'checkpoint'}: the agents, in safetensors")
     folder = shlex.quote(str(out))
     print(f"\nCurves and more: batchproof report {folder}")
-    seed = next((seed["seed"] for seed in result.seeds if seed["status"] == "ok"), None)
-    if seed is not None:
-        print(f"What is wrong with an agent: batchproof audit {folder} --seed {seed}")
+    if sound:
+        first = next(iter(sound))
+        print(f"What is wrong with an agent: batchproof audit {folder} --seed {first}")
     if tensorboard:
         print(f"Or: tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}")
