@@ -19,10 +19,10 @@ INTERVAL = 10_000
 
 
 def returns_that_lose(lost, steps, seeds=SEEDS):
-    """(seeds, T): up to 3000 by the middle, then a last window that is ``lost`` lower."""
+    """(seeds, T): up to 3000 in the first fifth, then a last window that is ``lost`` lower."""
     count, wide = steps // INTERVAL, study.WINDOW // INTERVAL
     values = np.full((seeds, count), 3000.0)
-    values[:, : count // 2] = np.linspace(0, 3000, count // 2)
+    values[:, : count // 5] = np.linspace(0, 3000, count // 5)
     values[:, -wide:] -= lost
     return values + np.linspace(-30, 30, seeds)[:, None]
 
@@ -62,6 +62,18 @@ def test_decay_is_the_best_window_minus_the_last():
     assert study.decay(np.array([10, 20, 30]), np.array([[3.0, 5.0, 1.0]])) == 4
 
 
+def test_the_fall_is_from_a_window_named_beforehand():
+    steps = np.arange(1, 41) * INTERVAL
+    returns = np.zeros((2, 40))
+    returns[:, 7:12] = [[3000.0], [1000.0]]  # the evaluations at 80k to 120k
+    returns[:, 20] = 9000.0  # luck between the two windows counts for nothing
+    returns[:, -5:] = 2000.0
+    np.testing.assert_allclose(study.fall(steps, returns), [1000, -1000])
+    returns[0, -3:] = np.nan
+    assert study.fall(steps, returns)[0] == pytest.approx(3000 - 2 * 2000 / 5)
+    assert study.fall(steps[:17], returns[:, :17]).tolist() == [0, 0]  # too short
+
+
 def test_expected_results_support_every_claim():
     assert set(verdicts(outcome(LOST)).values()) == {"supported"}
 
@@ -71,6 +83,8 @@ def test_expected_results_support_every_claim():
     [
         ("H1", {"sac": 1200.0}, "refuted"),
         ("H1", {"sac": 1000.0}, "inconclusive"),
+        ("H3", {"crossq": 100.0}, "refuted"),
+        ("H3", {"crossq": 200.0}, "inconclusive"),
         ("H2-projected", {"projected": 1200.0}, "refuted"),
         ("H2-projected", {"projected": 1000.0}, "inconclusive"),
         ("H2-projected", {"crossq": 100.0, "projected": 100.0}, "inconclusive"),  # no decay
