@@ -14,6 +14,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,36 @@ RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
     "sb3-ddpg": ("ddpg", ddpg.Config(actor=net("layer"), critic=net("layer")), {}),
     "crossq": ("crossq", crossq.Config(actor=net("layer"), critic=net("group", "post")), {}),
+    "sb3-crossq": (
+        "crossq",
+        crossq.Config(
+            actor=MLP((8, 4), replace(crossq.RENORM, momentum=0.02, eps=2e-3)),
+            critic=MLP((8, 6), replace(crossq.RENORM, momentum=0.02, eps=2e-3)),
+            critics=3,
+            adam_b1=0.6,
+            initial_alpha=0.3,
+            entropy_per_dimension=-0.5,
+        ),
+        {},
+    ),
+    "crossq-blind": (
+        "crossq",
+        crossq.Config(
+            actor=MLP((8, 4), crossq.RENORM),
+            critic=MLP((8, 4), crossq.RENORM),
+            plan=Plan.parse("TETJJ"),
+        ),
+        {},
+    ),
+    "crossq-targets": (
+        "crossq",
+        crossq.Config(
+            actor=MLP((8, 4), crossq.RENORM),
+            critic=MLP((8, 4), crossq.RENORM),
+            target_network=True,
+        ),
+        {},
+    ),
     "xqc": (
         "xqc",
         replace(
@@ -304,6 +335,9 @@ def test_an_sb3_model_has_the_lab_s_actions_and_q(folder, name, tmp_path):
         ("td3", "no place for normalized observations"),
         ("sac", "no place for norms placed input"),
         ("xqc", "no place for this xqc"),
+        ("crossq", "no place for a crossq with norm layer"),
+        ("crossq-targets", "no place for a crossq with target networks"),
+        ("crossq-blind", r"a crossq under plan TETJJ \(it takes TEEJJ\)"),
         ("skipped", "no place for an actor that acts in mode B"),
     ],
 )
@@ -312,6 +346,38 @@ def test_sb3_refuses_what_it_has_no_place_for(folder, name, message):
 
     with pytest.raises(BatchproofError, match=message):
         from_lab.to_sb3(read_run(folder(name)), 5)
+
+
+def test_crossq_becomes_sb3_contrib_s(folder, tmp_path):
+    from sb3_contrib import CrossQ
+
+    from batchproof.sb3 import from_lab
+
+    run, lab = read_run(folder("sb3-crossq")), load.load_run(folder("sb3-crossq"))
+    obs, action = observations(OBS), np.tanh(observations(ACTION))
+    path = tmp_path / "model.zip"
+    assert from_lab.write(run, 5, path, (obs, load.actions(lab, 5)(obs))) is not None
+    model = CrossQ.load(path, env=gymnasium.make("Pendulum-v1"), device="cpu")
+    model.policy.set_training_mode(False)
+    state, config = lab.of_seed(5), lab.training.config
+    q, _ = nets.q_values(config.critic, state.critic, jnp.asarray(obs), jnp.asarray(action), E)
+    with torch.no_grad():
+        found = model.critic(torch.from_numpy(obs), torch.from_numpy(action))
+    np.testing.assert_allclose(np.concatenate(found, 1).T, q, rtol=1e-4, atol=1e-4)
+    _, log_std, _ = model.actor.get_action_dist_params(torch.from_numpy(obs))
+    output, _ = nets.apply(config.actor, state.actor, jnp.asarray(obs), E)
+    expected = np.clip(output[:, ACTION:], -20, 2)
+    np.testing.assert_allclose(log_std.detach(), expected, rtol=1e-4, atol=1e-4)
+
+    assert model.log_ent_coef.item() == pytest.approx(float(state.log_alpha))
+    assert model.target_entropy == pytest.approx(-0.5 * ACTION)
+    assert model.actor.optimizer.param_groups[0]["betas"] == (0.6, 0.999)
+    norm = model.critic.q_networks[0][0]
+    assert (norm.momentum, norm.eps, norm.warmup_steps) == (0.02, 2e-3, 99_999)
+    assert norm.steps == 5
+    before = norm.ra_mean.clone()
+    model.learn(120)  # it trains on, past the run's learning_starts of 100
+    assert not torch.equal(norm.ra_mean, before)
 
 
 def test_a_policy_that_acts_by_its_batch_is_audited_and_not_exported(folder):
