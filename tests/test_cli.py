@@ -433,16 +433,27 @@ def test_a_preset_and_settings_become_a_configuration(
     assert seen[0].update_every == 3
 
 
+TINY_TEAM = shlex.split(
+    "train maddpg --env batchproof/Rally-v0 --hidden 16,16 --steps 200 --learning-starts 50 "
+    "--batch-size 16 --eval-every 200 --eval-episodes 1 --no-progress"
+)
+
+
+@pytest.mark.parametrize(("words", "agent"), [(TINY, ""), (TINY_TEAM, " --agent left")])
 def test_what_train_names_as_next_steps_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    agent: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*TINY, "--seeds", "3,", "--out", "a run"]) == 0
+    assert main([*words, "--seeds", "3,", "--out", "a run"]) == 0
     shown = capsys.readouterr().out
     steps = [
         line.split(": batchproof ")[1] for line in shown.splitlines() if ": batchproof " in line
     ]
-    assert steps == ["report 'a run'", "audit 'a run' --seed 3"]
+    assert steps == ["report 'a run'", f"audit 'a run' --seed 3{agent}"]
     for step in steps:
         assert main(shlex.split(step)) in (0, 1), step
     assert (tmp_path / "report.html").is_file()

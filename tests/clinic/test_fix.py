@@ -568,6 +568,37 @@ def test_a_policy_that_does_not_act_is_told_of_and_left_alone():
     assert fingerprint(subject) == before
 
 
+def test_each_fix_says_in_one_line_that_a_policy_does_not_act():
+    for name in FIXES:
+        if name == "recalibrate":  # it mends this one
+            continue
+        subject, norm = refusing_nan()
+        norm.running_var[2] = float("nan")
+        before = fingerprint(subject)
+        (done,) = fix(subject, audit(subject), only=[name], unsafe=True)
+        assert not done.applied
+        assert "\n" not in done.reason
+        assert fingerprint(subject) == before
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_policy_that_broke(monkeypatch):
+    subject, norm = refusing_nan()
+    norm.running_mean.fill_(3.0)
+    report = audit(subject, only=["BP402"])
+    before, measure, calls = fingerprint(subject), fixes._measure, []
+
+    def wrong(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise AttributeError("ours")
+        return measure(*args)
+
+    monkeypatch.setattr(fixes, "_measure", wrong)
+    with pytest.raises(AttributeError, match="ours"):
+        fix(subject, report, only=["BP402"], unsafe=True)
+    assert fingerprint(subject) == before
+
+
 def test_a_value_of_zero_is_as_far_from_its_threshold_as_can_be():
     assert fixes._excess(0.0, 1e-9) == float("inf")  # kappa to rounding
     assert fixes._excess(1e-12, 1e-9) == pytest.approx(1e3)

@@ -160,6 +160,12 @@ def test_nothing_to_do_and_bad_input():
         recalibrate(Subject.from_module(net(), data()), data(1))
     with pytest.raises(BatchproofError, match="batch_size"):
         recalibrate(net(), data(), batch_size=0)
+    sick = net()
+    sick[0].weight.data[0, 0] = float("nan")
+    before = fingerprint(Subject.from_module(sick, data()))
+    with pytest.raises(BatchproofError, match="parameters that are not finite"):
+        recalibrate(sick, data())
+    assert fingerprint(Subject.from_module(sick, data())) == before
 
 
 def test_a_folded_layer_is_left_alone():

@@ -11,7 +11,8 @@ import pytest
 import torch
 from gymnasium import spaces
 from sb3_contrib import TQC, CrossQ, RecurrentPPO
-from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3, HerReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
@@ -204,8 +205,10 @@ def test_vecnormalize_is_respected_and_left_alone(algorithm):
     assert subject.obs.std(0).max() < 2
     if algorithm is SAC:
         raw = model.replay_buffer.observations[: model.replay_buffer.size(), 0]
-        expected = env.normalize_obs(raw)
-        np.testing.assert_allclose(subject.obs.numpy(), expected[: len(subject.obs)], atol=1e-6)
+        # All of them, in no order of time.
+        rows = (np.unique(part, axis=0) for part in (subject.obs.numpy(), env.normalize_obs(raw)))
+        np.testing.assert_allclose(*rows, atol=1e-6)
+        assert not np.allclose(subject.obs[0], env.normalize_obs(raw)[0])
     plain = subject_from_model(model, env="Pendulum-v1", count=50)
     assert plain.obs.abs().max() <= env.clip_obs
     evaluation = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
@@ -405,6 +408,17 @@ def test_a_policy_with_nan_is_collected_with_and_fails_its_rule(algorithm, argum
 def test_whether_the_states_are_the_policys_own(algorithm, steps, env, collected, lacks):
     subject = subject_from_model(make(algorithm, steps=steps), env=env)
     assert (subject.collected, subject.lacks_replay) == (collected, lacks)
+
+
+def test_hindsight_replay_without_a_finished_episode_is_no_replay_yet():
+    env = BitFlippingEnv(n_bits=16, continuous=True, max_steps=200)
+    model = SAC(
+        "MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=1000,
+        device="cpu",
+    )  # fmt: skip
+    model.learn(80)
+    assert subject_from_model(model).transitions is None
+    assert subject_from_model(model, env=env, count=70).lacks_replay
 
 
 def test_given_states_are_no_collected_ones_unless_transitions_are():

@@ -434,8 +434,9 @@ def _subject(args: argparse.Namespace) -> Subject:
             trust=args.trust,
             vecnormalize=args.vecnormalize,
         )
-    if args.run is not _audit:  # an audit tries it itself, and has a rule for weights that are NaN
-        check_runs(subject)
+    if args.run is not _audit:  # an audit tries it itself
+        # Weights that are NaN have a rule, and statistics that are a mend.
+        check_runs(subject, sick=args.run is _fix)
     return subject
 
 

@@ -337,7 +337,8 @@ def _print_result(result: Result, out: Path, *, tensorboard: bool) -> None:
     folder = shlex.quote(str(out))
     print(f"\nCurves and more: batchproof report {folder}")
     if sound:
+        which = f" --agent {shlex.quote(result.agents[0])}" if result.agents else ""
         first = next(iter(sound))
-        print(f"What is wrong with an agent: batchproof audit {folder} --seed {first}")
+        print(f"What is wrong with an agent: batchproof audit {folder} --seed {first}{which}")
     if tensorboard:
         print(f"Or: tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}")

@@ -203,9 +203,9 @@ def _try(subject: Subject, one: Fix, asked: Asked) -> Fixed:
     deployed: Tensor | None = None
     try:
         deployed = _deployed(subject)
-    except Exception as error:  # the policy's own: whatever it raises
+    except BatchproofError as error:
         if one.safe:
-            reason = f"the policy does not act, so that nothing shows it is safe: {_line(error)}"
+            reason = f"the policy does not act, so that nothing shows it is safe: {error}"
             return replace(result, reason=reason, before=before[2])
     for way in one.ways:
         saved = Snapshot(subject)
@@ -215,6 +215,12 @@ def _try(subject: Subject, one: Fix, asked: Asked) -> Fixed:
                 result = _judged(subject, one, code, changed, before, deployed)
         except BatchproofError as error:
             result = Fixed(one.name, code, False, reason=str(error), before=before[2])
+        except Exception as error:
+            saved.restore()
+            if deployed is not None:  # a policy that acted: what failed is ours
+                raise
+            reason = f"the policy does not act: {_line(error)}"
+            result = Fixed(one.name, code, False, reason=reason, before=before[2])
         except BaseException:
             saved.restore()
             raise
@@ -240,9 +246,8 @@ def _judged(
     try:
         after = _measure(subject, code)
         action = _deployed(subject)
-    except Exception as error:  # it broke the policy, which raises what it likes
-        reason = f"rolled back: {_line(error)}"
-        return Fixed(one.name, code, False, tuple(changed), reason, before[2])
+    except BatchproofError as error:  # it broke the policy
+        return Fixed(one.name, code, False, tuple(changed), f"rolled back: {error}", before[2])
     gap = math.nan if deployed is None else probe.difference(action, deployed)
     reason = ""
     if code and not after < before:
@@ -275,10 +280,17 @@ def _excess(value: float, threshold: float) -> float:
 
 
 def _deployed(subject: Subject) -> Tensor:
-    """The action (B, A) as deployed on up to 64 observations."""
+    """The action (B, A) as deployed on up to 64 observations.
+
+    Raises:
+        BatchproofError: the policy does not act; what it raises, in one line.
+    """
     batch = take(subject.obs, slice(0, min(rows(subject.obs), Examination.BATCH)))
     with unchanged(subject), torch.no_grad():
-        return subject.act(batch).detach().clone()
+        try:
+            return subject.act(batch).detach().clone()
+        except Exception as error:
+            raise BatchproofError(_line(error)) from error
 
 
 def _line(error: Exception) -> str:

@@ -28,6 +28,7 @@ from batchproof.clinic.subject import (
     Obs,
     Subject,
     Transitions,
+    finite_parameters,
     rows,
     sound_weights,
     take,
@@ -72,8 +73,8 @@ _Actor = Callable[[Obs], Tensor]
 LACKS_REPLAY = (
     "the running statistics of an off-policy agent are those of its replay, and these are states "
     "of its present policy, under whose statistics it may stop working: load the replay buffer "
-    "(model.load_replay_buffer), or give observations of it (obs=..., on the command line --obs "
-    "FILE) and no environment"
+    "(model.load_replay_buffer) or give observations of it (obs=..., on the command line --obs "
+    "FILE), and in either case no environment"
 )
 
 
@@ -102,8 +103,9 @@ def recalibrate(
         where no layer keeps running statistics.
 
     Raises:
-        BatchproofError: no observations, or fewer than 2, or an off-policy subject that has only
-            states of its present policy (`Subject.lacks_replay`) and no ``obs`` are given.
+        BatchproofError: no observations, or fewer than 2, or a parameter that is not finite, or an
+            off-policy subject that has only states of its present policy (`Subject.lacks_replay`)
+            and no ``obs`` are given.
     """
     if batch_size < 1:
         raise BatchproofError(f"batch_size must be at least 1, got {batch_size}")
@@ -116,6 +118,11 @@ def recalibrate(
         if obs is None:
             raise BatchproofError("recalibrate(module, obs): observations are needed")
         subject, given = Subject.from_module(subject_or_module, obs), obs
+    if not finite_parameters(*subject.networks.values()):
+        raise BatchproofError(
+            "parameters that are not finite leave no statistics that are: `batchproof audit --only "
+            "BP404` says which"
+        )
     if rows(given) < 2:
         raise BatchproofError(f"recalibration needs at least 2 observations, got {rows(given)}")
     done: set[int] = set()

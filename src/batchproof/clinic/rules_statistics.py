@@ -303,8 +303,8 @@ def reward_scale(subject: Subject) -> float:
 SHIFT = 0.5  # standard deviations
 LOG_RATIO = math.log(4)  # a standard deviation that is off by a factor of 2
 NO_REPLAY = (
-    "the statistics of an off-policy agent are those of its replay: load the replay buffer, or "
-    "give observations of it (--obs FILE, no --env), to compare"
+    "the statistics of an off-policy agent are those of its replay: to compare, load the replay "
+    "buffer or give observations of it (--obs FILE), and in either case no environment"
 )
 HARDLY = 1e-3  # of the largest variance in the layer: dying features are BP408's
 FAR_SHIFT, FAR_LOG_RATIO = 5.0, math.log(100)  # another distribution

@@ -284,12 +284,21 @@ def as_parameters(obs: Obs, *networks: nn.Module) -> Obs:
 
 
 def sound_weights(*networks: nn.Module) -> bool:
-    """Whether all parameters are finite and no buffer is NaN: infinite ones may be masks."""
-    parameters = (p for n in networks for p in n.parameters() if p.is_floating_point())
-    buffers = (b for n in networks for b in n.buffers() if b.is_floating_point())
-    return all(bool(torch.isfinite(p).all()) for p in parameters) and not any(
-        bool(torch.isnan(b).any()) for b in buffers
+    """Whether all parameters are finite and no buffer is NaN or a running variance below 0.
+
+    Infinite buffers may be masks.
+    """
+    buffers = [(k, b) for n in networks for k, b in n.named_buffers() if b.is_floating_point()]
+    return finite_parameters(*networks) and not any(
+        bool(torch.isnan(b).any()) or (name.endswith("_var") and bool((b < 0).any()))
+        for name, b in buffers
     )
+
+
+def finite_parameters(*networks: nn.Module) -> bool:
+    """Whether no parameter is NaN or infinite."""
+    held = (p for n in networks for p in n.parameters() if p.is_floating_point())
+    return all(bool(torch.isfinite(p).all()) for p in held)
 
 
 def check_runs(subject: Subject, *, sick: bool = False) -> None:

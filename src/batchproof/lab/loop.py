@@ -37,6 +37,7 @@ class Result(NamedTuple):
     metrics: dict[str, np.ndarray]  # columns, a row for each evaluation and seed
     seeds: list[dict[str, Any]]  # for each: seed, status, diverged_at, final_return
     wall_s: float  # of all calls together, each up to the checkpoint where the next went on
+    agents: tuple[str, ...] = ()  # their names, where there are several
 
 
 def train(
@@ -106,7 +107,9 @@ def _check_folder(training: Training, out: Path) -> Result | None:
         seed | {"final_return": math.nan if seed["final_return"] is None else seed["final_return"]}
         for seed in run["seeds"]
     ]
-    return Result(read_metrics(out / "metrics.parquet"), seeds, run["wall_s"])
+    agents = run.get("spaces", {}).get("agents") or {"names": ()}
+    columns = read_metrics(out / "metrics.parquet")
+    return Result(columns, seeds, run["wall_s"], tuple(agents["names"]))
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
@@ -137,6 +140,7 @@ class _Run:
         self.command = command
         self.checkpoint_seconds = checkpoint_seconds
         self.stepper = STEPPERS[training.agent.STEPPER](training)
+        self.agents = self.stepper.layout.names if self.stepper.layout else ()
         self.rows: list[dict[str, Any]] = []
         self.tensorboard = tensorboard
         self.writer: Any = None
@@ -177,14 +181,14 @@ class _Run:
                 if stopped:
                     wall_s = time.perf_counter() - began
                     seeds = self._write_record("stopped", wall_s)
-                    return Result(_columns(self.rows), seeds, wall_s)
+                    return Result(_columns(self.rows), seeds, wall_s, self.agents)
         wall_s = time.perf_counter() - began
         self._write_metrics()
         state = checkpoint.read_state(folder)
         if state is None or state["step"] < steps:  # else killed just before the record
             stepper.save_agents(folder)
         seeds = self._write_record("finished", wall_s)
-        return Result(_columns(self.rows), seeds, wall_s)
+        return Result(_columns(self.rows), seeds, wall_s, self.agents)
 
     def _check_devices(self) -> None:
         # Devices share the seeds evenly: with another number of them the population may be padded

@@ -383,7 +383,8 @@ def buffered(model: Any, count: int, seed: int) -> Obs:
     in_one_axis = of_rollout and buffer.generator_ready
     normalize = None if of_rollout else model.get_vec_normalize_env()
     total = size * buffer.n_envs
-    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
+    # In no order of time, for rules look at the first rows: the oldest are random actions'.
+    chosen = np.random.default_rng(seed).permutation(total)[:count]
 
     def picked(stored: np.ndarray) -> np.ndarray:
         if in_one_axis:
@@ -415,7 +416,10 @@ def _replayed(model: Any, seed: int) -> Transitions | None:
         return None
     number = min(MOST_TRANSITIONS, buffer.size() * buffer.n_envs)
     np.random.seed(seed)  # the buffer draws from it; the caller puts its state back
-    sample = type(buffer).sample(buffer, number, env=model.get_vec_normalize_env())
+    try:
+        sample = type(buffer).sample(buffer, number, env=model.get_vec_normalize_env())
+    except RuntimeError:  # hindsight replay before the end of the first episode
+        return None
     return _transitions(model, sample)
 
 
