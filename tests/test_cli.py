@@ -535,7 +535,7 @@ def test_a_real_run_and_its_rerun(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
     line = complaint(capsys, *words, "--gamma", "0.9")
-    assert "holds another run (it differs in config)" in line
+    assert "holds another run (config.gamma is 0.99, not 0.9)" in line
 
 
 @pytest.fixture

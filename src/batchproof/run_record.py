@@ -6,7 +6,8 @@ their types are repeated here, and a test compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -208,3 +209,23 @@ def _need(part: dict[str, Any], names: tuple[str, ...], path: Path) -> None:
     for name in names:
         if name not in part:
             refuse(path, f"it has no {name}")
+
+
+def differing(held: Mapping[str, Any], wanted: Mapping[str, Any], most: int = 4) -> str:
+    """Settings in which two records of a training differ, with both values, in words."""
+    found = list(_differing(held, wanted))
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
+
+
+def _differing(
+    held: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    for name in sorted(held.keys() | wanted.keys()):
+        one, other = held.get(name), wanted.get(name)
+        if one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differing(one, other, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name} is {json.dumps(one)}, not {json.dumps(other)}"

@@ -568,6 +568,27 @@ def test_a_policy_that_does_not_act_is_told_of_and_left_alone():
     assert fingerprint(subject) == before
 
 
+def test_on_the_policy_s_own_states_statistics_worth_nothing_are_mended_and_no_others():
+    model = TD3(
+        NormTD3Policy, "Pendulum-v1", learning_starts=10, device="cpu", seed=0,
+        policy_kwargs={"actor_norm": "batch", "critic_norm": "batch", "net_arch": [16, 16]},
+    )  # fmt: skip
+    model.learn(60)
+    norm = next(m for m in model.critic.qf0.modules() if hasattr(m, "running_var"))
+    norm.running_var[2] = float("nan")
+    model.replay_buffer.reset()  # as after saving and loading
+    subject = subject_from_model(model, env="Pendulum-v1")
+    assert subject.lacks_replay
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    (done,) = fix(subject, audit(subject, only=["BP404"]), unsafe=True)
+    assert done.applied, done.reason
+    after = model.policy.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name.rsplit(".", 1)[0] for name in changed} == {
+        next(name for name, module in model.policy.named_modules() if module is norm)
+    }
+
+
 def test_each_fix_says_in_one_line_that_a_policy_does_not_act():
     for name in FIXES:
         if name == "recalibrate":  # it mends this one
@@ -615,10 +636,10 @@ def test_reviews_that_have_a_fix_are_known(mean_rule):
     mean_rule("recalibrate")
     finding = Finding("off")
     review = Outcome(Status.REVIEW, findings=(finding,), code=CODE)
-    assert only_named([review]) == [CODE]
-    assert only_named({CODE: Outcome(Status.FAIL, findings=(finding,), code=CODE)}) == []
+    assert only_named(patient(), [review]) == [CODE]
+    assert only_named(patient(), {CODE: Outcome(Status.FAIL, findings=(finding,), code=CODE)}) == []
     mean_rule("")
-    assert only_named([review]) == []
+    assert only_named(patient(), [review]) == []
 
 
 @pytest.mark.parametrize(
@@ -739,14 +760,14 @@ def test_the_command_says_how_reviews_are_mended(sac, tmp_path, capsys, monkeypa
     out = tmp_path / "out.zip"
 
     def only_a_review(subject, **options):
-        finding = Outcome(Status.REVIEW, findings=(Finding("perhaps"),), code="BP402")
-        return Report("mine", {"BP402": finding}, 0.0)
+        finding = Outcome(Status.REVIEW, findings=(Finding("perhaps"),), code="BP308")
+        return Report("mine", {"BP308": finding}, 0.0)
 
     monkeypatch.setattr("batchproof.clinic.rules.audit", only_a_review)
     assert command(sac, out, "--unsafe") == 0
     shown = capsys.readouterr().out
     assert "nothing was changed" in shown
-    assert "--only BP402 --unsafe" in shown
+    assert "--only BP308 --unsafe" in shown
     assert not out.exists()
 
 

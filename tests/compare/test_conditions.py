@@ -15,7 +15,7 @@ import pytest
 from batchproof import compare
 from batchproof.cli import main, parser
 from batchproof.cli.train import training_of
-from batchproof.compare import populations
+from batchproof.compare import conditions, populations
 from batchproof.errors import BatchproofError
 
 ENV = "batchproof/ConstantReward-v0"
@@ -84,6 +84,54 @@ def test_an_option_reaches_the_conditions_where_it_has_an_effect(
         grid(f"--algo td3,sac --env {ENV} --momentum 0.5")
 
 
+def test_settings_reach_the_algorithms_that_have_them(grid: Callable[[str], compare.Grid]) -> None:
+    found = grid(f"--algo td3,sac --env {ENV} --set policy_delay=1 --set critics=3")
+    words = {condition.name: " ".join(condition.words) for condition in found.conditions}
+    assert words["td3"] == "td3 --set policy_delay=1 --set critics=3"
+    assert words["sac"] == "sac --set critics=3"
+    assert found.notes == {"--set policy_delay: sac has no such setting": ["sac"]}
+    with pytest.raises(BatchproofError, match="--set taau: td3 has no such setting: did you mean"):
+        grid(f"--algo td3,sac --env {ENV} --set taau=1 --set critics=3")
+
+
+def test_a_condition_s_own_settings_stand_before_the_shared_ones_of_the_same_name(
+    grid: Callable[[str], compare.Grid], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(
+        f'algo = "td3"\nenv = "{ENV}"\n[set]\ncritics = 1\ntau = 0.1\n'
+        '[[condition]]\nname = "own"\nalgo = "td3"\nnorm = "critic:batch"\nset = {tau = 0.5}\n'
+    )
+    by_name = {condition.name: condition.words for condition in grid(str(path)).conditions}
+    own = "td3 --actor-norm none --critic-norm batch --set tau=0.5 --set critics=1"
+    assert by_name["own"] == tuple(own.split())
+
+
+@pytest.mark.parametrize(
+    ("condition", "part"),
+    [
+        ('name = "a"\nalgo = "td9"', "condition a: argument ALGO: unknown algorithm 'td9'"),
+        ('name = "a"\nalgo = "td3"\nnorm = "critics:batch"', "unknown network 'critics'"),
+        ('name = "td3-critic-batch"\nalgo = "td3"', "would have one folder, td3-critic-batch"),
+    ],
+)
+def test_a_condition_that_was_written_out_is_not_left_out(
+    condition: str, part: str, grid: Callable[[str], compare.Grid], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(
+        f'algo = "td3"\nenv = "{ENV}"\nnorm = "critic:batch"\n[[condition]]\n{condition}'
+    )
+    with pytest.raises(BatchproofError, match=re.escape(part)):
+        grid(str(path))
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "../up", "a/../b"])
+def test_no_name_leads_out_of_its_folder(name: str) -> None:
+    assert (Path("cells") / conditions.slug(name)).resolve().parent == Path("cells").resolve()
+    assert not conditions.slug(name).startswith(".")
+
+
 def test_a_norm_can_sit_in_one_network_alone(grid: Callable[[str], compare.Grid]) -> None:
     found = grid(f"--algo crossq:wn --env {ENV} --norm default,critic:layer --placement post")
     by_name = {condition.name: condition for condition in found.conditions}
@@ -141,8 +189,8 @@ def test_baselines_come_first_and_no_condition_waits_for_anothers_later_seeds(
         seeds=(0, 1, 2),
         at_once=2,
     )
-    conditions = compare.grid(spec, build).conditions
-    kept = compare.ordered(compare.cells(spec, conditions, tmp_path, build))
+    chosen = compare.grid(spec, build).conditions
+    kept = compare.ordered(compare.cells(spec, chosen, tmp_path, build))
     shown = [(cell.env, cell.condition.name, p.training.seeds) for cell, p in kept]
     # The algorithms' nets are of one size here, and td3 has one update a step like crossq.
     once = [

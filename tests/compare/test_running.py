@@ -179,7 +179,7 @@ def test_other_settings_need_another_folder(
     out = shutil.copytree(whole[0], tmp_path / "out")
     words = f"{SMALL} --seeds 2 --buffer-size 50 --env {ENV} --out {out}"
     assert main(["compare", *shlex.split(words)]) == 2
-    assert "they differ in buffer_size" in capsys.readouterr().err
+    assert "(buffer_size is 1000000, not 50)" in capsys.readouterr().err
 
 
 def test_a_budget_stops_in_time_and_the_same_command_continues_exactly(
@@ -239,28 +239,30 @@ def test_interrupts_leave_a_state_that_resumes(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     advance = off_policy.Stepper.advance
 
-    def interrupted(count: int) -> Callable[..., None]:
+    def interrupted(count: int, number: signal.Signals) -> Callable[..., None]:
         def pressing(stepper: off_policy.Stepper, last: int, *rest: Any) -> None:
             for _ in range(count):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             advance(stepper, last, *rest)
 
         return pressing
 
-    # One Ctrl-C ends with the evaluation at the end of the interval, two end within it.
-    for count in (1, 2):
+    # One Ctrl-C or SIGTERM ends with the evaluation at the end of the interval, two Ctrl-C within.
+    both = signal.SIGINT, signal.SIGTERM
+    for count, number, done in ((1, both[0], 1), (1, both[1], 2), (2, both[0], 2)):
         with monkeypatch.context() as patch:
-            patch.setattr(off_policy.Stepper, "advance", interrupted(count))
+            patch.setattr(off_policy.Stepper, "advance", interrupted(count, number))
             record = run(f"{SMALL} --seeds 2", tmp_path, code=130)
         assert record["status"] == "interrupted"
         assert states(record) == {
-            "ddpg-none": f"stopped at {EVERY} of {STEPS}",
+            "ddpg-none": f"stopped at {done * EVERY} of {STEPS}",
             "ddpg-critic:batch": "waiting",
         }
         assert "Interrupted: 0 of 2 cells are finished; the same command continues." in (
             capsys.readouterr().out
         )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     signal.signal(signal.SIGINT, before)
     assert returns(run(f"{SMALL} --seeds 2", tmp_path)) == returns(whole[1])
 

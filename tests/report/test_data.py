@@ -1,6 +1,7 @@
 """Folders in the format that training and studies write, and what the report makes of them."""
 
 import json
+import shutil
 
 import pytest
 
@@ -121,6 +122,43 @@ def test_runs_of_one_condition_with_the_same_seeds_are_told_apart_by_folder(
     assert names(data.read(runs)) == [f"td3 ({tmp_path / n})" for n in ("before", "after")]
 
 
+def test_seeds_that_have_only_begun_do_not_cut_finished_ones_short(tmp_path, training, write_run):
+    runs = [
+        write_run(tmp_path / "a", training(seeds=(0, 1))),
+        write_run(tmp_path / "b", training(seeds=(2, 3)), status="stopped", steps=(10,)),
+    ]
+    notes: list[str] = []
+    [cell] = data.read(runs, notes)
+    assert cell.seeds == (0, 1)
+    assert cell.steps.tolist() == [10, 20, 30]
+    assert notes == ["Left out: seeds 2, 3 of td3 on Pendulum-v1, at 10 of 30 steps."]
+    [cell] = data.read(runs[1:])  # where nothing has finished they are all there is
+    assert cell.seeds == (2, 3)
+
+
+def test_runs_without_an_evaluation_are_left_out_of_a_folder(tmp_path, training, write_run):
+    write_run(tmp_path / "all" / "a", training())
+    begun = write_run(tmp_path / "all" / "b", training("sac"))
+    (begun / "metrics.parquet").unlink()
+    notes: list[str] = []
+    assert names(data.read([tmp_path / "all"], notes)) == ["td3"]
+    assert notes == [f"Left out: {begun} has no evaluation yet."]
+    shutil.rmtree(tmp_path / "all" / "a")
+    with pytest.raises(BatchproofError, match="no evaluation yet"):
+        data.read([tmp_path / "all"])
+
+
+def test_folders_that_overlap_are_joined_within_each(tmp_path, training, write_run):
+    write_run(tmp_path / "a" / "first", training(seeds=(0, 1)))
+    write_run(tmp_path / "b" / "first", training(seeds=(0, 1)))
+    write_run(tmp_path / "b" / "more", training(seeds=(2,)))
+    first, second = data.read([tmp_path / "a", tmp_path / "b"])
+    assert (first.condition, first.seeds) == (f"td3 ({tmp_path / 'a'})", (0, 1))
+    assert (second.condition, second.seeds) == (f"td3 ({tmp_path / 'b'})", (0, 1, 2))
+    write_run(tmp_path / "b" / "again", training(seeds=(2,)))
+    assert len(data.read([tmp_path / "a", tmp_path / "b"])) == 4
+
+
 def test_a_folder_of_runs_is_searched_and_nothing_is_read_twice(tmp_path, training, write_run):
     a = write_run(tmp_path / "all" / "x" / "a", training())
     write_run(tmp_path / "all" / "b", training("sac"))
@@ -235,7 +273,13 @@ def test_a_comparison_keeps_its_order_and_its_baseline_comes_first(
 ):
     conditions = [("b", 0.3), ("a", 0.2), ("c", 0.1)]
     folder = compared(tmp_path / "all", training, write_run, baseline, *conditions)
-    assert [cell.settings["gamma"] for cell in data.read([folder])] == gammas
+    cells = data.read([folder])
+    assert [cell.settings["gamma"] for cell in cells] == gammas
+    # And its names, which those of settings stand in for where there are other runs as well.
+    own = {gamma: name for name, gamma in conditions}
+    assert names(cells) == [own[gamma] for gamma in gammas]
+    more = write_run(tmp_path / "more", training(config={"gamma": 0.4}))
+    assert names(data.read([folder, more]))[0] == f"td3 · gamma {gammas[0]}"
 
 
 def test_a_comparison_whose_record_is_another_s_is_told(tmp_path, training, write_run):

@@ -10,6 +10,7 @@ import pytest
 
 from batchproof import report
 from batchproof.errors import BatchproofError
+from batchproof.records import write_json
 from batchproof.report import page
 from batchproof.study import statistics
 
@@ -90,6 +91,37 @@ def test_the_tables_hold_what_the_statistics_say(runs):
     assert escape(found.sentence) in out.read_text()
     assert "The highest final return is that of td3 · batch pre" in paragraphs[0]
     assert "Against td3 · no norm: 1 higher (td3 · batch pre)." in paragraphs[0]
+
+
+def test_conditions_of_a_comparison_are_compared_as_it_does(runs, training, write_run):
+    folder, _ = runs
+    rng = np.random.default_rng(1)
+    for name, norm in (("c", None), ("d", NORM)):
+        curves = rng.normal(5, 1, (6, 3))
+        write_run(folder / name, training("sac", norm=norm, seeds=range(6)), returns=curves)
+    cells = [{"condition": f"my {n}", "populations": [{"folder": n}]} for n in "abcd"]
+    pairs = [["my b", "my a"], ["my d", "my c"], ["my c", "my a"]]
+    record = {"baseline": None, "pairs": pairs, "cells": cells}
+    write_json(folder / "compare.json", record)
+    [paragraph] = report.write([folder], folder / "r.html")
+    read = Reader((folder / "r.html").read_text())
+    assert read.column("Conditions", "Condition") == ["my a", "my b", "my c", "my d"]
+    found = zip(
+        *(read.column("Comparisons", name) for name in ("Condition", "Against")), strict=True
+    )
+    assert sorted(found) == sorted(map(tuple, pairs))
+    assert "Against my a: " in paragraph
+    assert "Against my c: 1 not told apart from it (my d)." in paragraph
+
+
+def test_what_has_not_finished_is_not_called_final(runs, training, write_run):
+    folder, _ = runs
+    short = training("sac", seeds=range(6))
+    write_run(folder / "c", short, status="running", steps=(10, 20))
+    [paragraph] = report.write([folder / n for n in "abc"], folder / "r.html")
+    assert "compared at 20 environment steps, as far as sac · no norm has come." in paragraph
+    assert "The highest return there is" in paragraph
+    assert "final" not in paragraph
 
 
 def test_the_average_over_training_and_the_threshold(runs):
@@ -177,7 +209,7 @@ def test_runs_of_unequal_length_are_compared_where_both_have_been(
 def test_the_time_to_a_threshold_of_joined_runs_is_the_sum_of_theirs(tmp_path, training, write_run):
     runs = [
         write_run(tmp_path / "a", training(seeds=(0,)), status="stopped", steps=(10, 20)),
-        write_run(tmp_path / "b", training(seeds=(1,)), steps=(10, 20, 30)),
+        write_run(tmp_path / "b", training(seeds=(1,)), status="stopped", steps=(10, 20, 30)),
     ]
     report.write(runs, tmp_path / "r.html", threshold=-1e9)
     # A minute each, for 20 steps and for 30; both are there at the first evaluation.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from batchproof.clinic.trace import Trace
 
 FORMATS = ("text", "json", "sarif", "junit", "html")
-AUDITED = 512  # steps that a run of the lab is audited on
+AUDITED = 512  # transitions that a run of the lab is audited on
 MODEL = (
     "a Stable-Baselines3 or sb3-contrib .zip; the folder of a `batchproof train` run; or "
     "package.module:factory, a function of yours that gives a torch module or a Subject (runs "
@@ -250,7 +250,7 @@ def _fix(args: argparse.Namespace, command: str) -> int:
             print(f"not applied {label}: {why}")
     if not any(one.applied for one in done):
         print(f"nothing was changed, and {out} was not written")
-        to_name = only_named(report)
+        to_name = only_named(subject, report)
         if to_name and report.clean and not args.only:
             named = ",".join(to_name)
             print(f"what is to be reviewed is mended where you name it: --only {named} --unsafe")

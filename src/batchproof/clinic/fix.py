@@ -28,6 +28,7 @@ from batchproof.clinic.rules import (
     all_rules,
     audit,
 )
+from batchproof.clinic.rules_statistics import initial, sound
 from batchproof.clinic.subject import Subject, rows, take, unchanged
 from batchproof.clinic.trace import trace
 from batchproof.errors import BatchproofError
@@ -152,13 +153,16 @@ def fix(
     return done
 
 
-def only_named(outcomes: Report | Mapping[str, Outcome] | Iterable[Outcome]) -> list[str]:
+def only_named(
+    subject: Subject, outcomes: Report | Mapping[str, Outcome] | Iterable[Outcome]
+) -> list[str]:
     """Codes that are to be reviewed and have a fix: it is applied only where they are named."""
     rules = all_rules()
+    possible = FIXES.keys() - ({"recalibrate"} if subject.lacks_replay else set())
     return [
         code
         for code, outcome in sorted(_by_code(outcomes).items())
-        if outcome.status is Status.REVIEW and outcome.findings and rules[code].fix in FIXES
+        if outcome.status is Status.REVIEW and outcome.findings and rules[code].fix in possible
     ]
 
 
@@ -398,9 +402,12 @@ def _sync_targets(subject: Subject, asked: Asked) -> list[str]:
 
 
 def _recalibrate(subject: Subject, asked: Asked) -> list[str]:
-    # Statistics that never moved or are NaN are worth nothing: any states are better.
-    obs = subject.obs if asked.code in ("BP401", "BP404") else None
-    return [str(done) for done in recalibrate(subject, obs)]
+    # Statistics that never moved or are NaN are worth nothing: for them any states are better.
+    if asked.code in ("BP401", "BP404") and subject.lacks_replay:
+        found = recalibrate(subject, subject.obs, where=lambda one: initial(one) or not sound(one))
+    else:
+        found = recalibrate(subject)
+    return [str(done) for done in found]
 
 
 def _fold(subject: Subject, asked: Asked) -> list[str]:

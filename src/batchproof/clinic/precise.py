@@ -79,7 +79,11 @@ LACKS_REPLAY = (
 
 
 def recalibrate(
-    subject_or_module: Subject | nn.Module, obs: Obs | None = None, *, batch_size: int = 256
+    subject_or_module: Subject | nn.Module,
+    obs: Obs | None = None,
+    *,
+    batch_size: int = 256,
+    where: Callable[[LayerFacts], bool] | None = None,
 ) -> list[Recalibrated]:
     """Give every layer with running statistics those of the given data, in place.
 
@@ -97,6 +101,7 @@ def recalibrate(
         subject_or_module: a subject, or a module that maps observations (B, ...).
         obs: (N, ...); 10^3 to 10^4 rows are enough. None takes the subject's own.
         batch_size: rows of one pass; it bounds the memory and changes nothing else.
+        where: which layers; the others keep their statistics. None recalibrates all.
 
     Returns:
         One entry for each layer that was recalibrated, in the order of the forward pass; empty
@@ -132,7 +137,8 @@ def recalibrate(
         with training_mode(subject, False), torch.no_grad():
             for passes in _groups(subject, given):
                 for layer in _layers(subject, passes):
-                    if id(layer.call.module) not in done:
+                    chosen = where is None or where(layer)
+                    if chosen and id(layer.call.module) not in done:
                         done.add(id(layer.call.module))
                         results.append(_recalibrate(subject, layer, passes(batch_size)))
     finally:

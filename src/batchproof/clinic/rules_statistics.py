@@ -569,7 +569,8 @@ def outlier_share(one: Reached) -> tuple[float, float, int, int]:
     why="One NaN in a running variance makes every action NaN, though training goes on unharmed.",
     mend=(
         "Find what produced it (a reward or an observation that is not finite, a batch of one with "
-        "the unbiased variance), mend that, then recalibrate or go back to an earlier checkpoint."
+        "the unbiased variance), mend that, then recalibrate where it is statistics, or go back to "
+        "an earlier checkpoint where it is parameters."
     ),
     fix="recalibrate",
     safe=False,

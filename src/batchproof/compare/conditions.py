@@ -25,7 +25,9 @@ Build = Callable[[Sequence[str]], "Training"]
 """What ``batchproof train`` would train, from the words after ``train``; raises `BatchproofError`
 where it would refuse. ``--out`` may be missing."""
 
-_NO_EFFECT = re.compile(r"(--[a-z-]+) has no effect")
+_NO_EFFECT = re.compile(r"(--[a-z-]+) has no effect|(--set \S+): \S+ has no such setting")
+_HINT = r": (add|leave|did you mean|it has) .*"
+_KEYED = ("--set", "--env-option")
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def grid(spec: Spec, build: Build) -> Grid:
     """Every condition that can be trained, once.
 
     Raises:
-        BatchproofError: nothing can be trained, an option has no effect anywhere, two conditions
-            have one name, or the baseline is none of them.
+        BatchproofError: nothing can be trained, a condition that was written out cannot, an option
+            has no effect anywhere, two conditions have one name or one folder, or the baseline is
+            none of them.
     """
     conditions: dict[str, Condition] = {}
     names: dict[str, str] = {}  # by what the condition is
@@ -118,20 +121,23 @@ def grid(spec: Spec, build: Build) -> Grid:
     notes: dict[str, list[str]] = {}
     useful: set[str] = set()
     useless: dict[str, BatchproofError] = {}
+    written = {name for name, *_ in spec.extra}
     for parts, algo, wanted in _candidates(spec):
         name = "-".join(part for part, _ in parts)
         try:
             options, dropped, training = _fitting(spec, algo, wanted, build)
         except BatchproofError as error:
+            if name in written:  # not one of many that a grid makes: somebody asked for it
+                raise BatchproofError(f"condition {name}: {error}") from None
             left_out.setdefault(str(error), []).append(name)
             continue
-        useful.update(option[0] for option in options)
+        useful.update(map(_label, options))
         useless = dropped | useless
         name = "-".join(part for part, option in parts if option not in dropped)
         key = run_key(training, env=False)
         known = names.setdefault(key, name)
         for refusal in dropped.values():
-            notes.setdefault(re.sub(r": (add|leave) .*", "", str(refusal)), []).append(known)
+            notes.setdefault(re.sub(_HINT, "", str(refusal)), []).append(known)
         if known != name:
             notes.setdefault(f"{name} is the same as {known}", [])
         elif name not in conditions:
@@ -146,6 +152,14 @@ def grid(spec: Spec, build: Build) -> Grid:
             raise refusal
     if not conditions:
         raise BatchproofError(f"nothing is left to compare: {next(iter(left_out))}")
+    folders: dict[str, str] = {}
+    for name in conditions:
+        other = folders.setdefault(slug(name), name)
+        if other != name:
+            raise BatchproofError(
+                f"conditions {other} and {name} would have one folder, {slug(name)}: give one "
+                "another name"
+            )
     if spec.baseline is not None and spec.baseline not in conditions:
         raise BatchproofError(
             f"--baseline {spec.baseline} is no condition: use one of {', '.join(conditions)}"
@@ -180,7 +194,9 @@ def _candidates(
             parts.append((modes, "--modes"))
         yield parts, algo, tuple(options)
     for name, algo, own in spec.extra:
-        yield [(name, None)], algo, own
+        # --norm critic:batch is of the grid alone.
+        spread = [_norm_options(o[1]) if o[0] == "--norm" and ":" in o[1] else [o] for o in own]
+        yield [(name, None)], algo, tuple(itertools.chain(*spread))
 
 
 def _fitting(
@@ -189,9 +205,9 @@ def _fitting(
     """The options that have an effect, why the others have none, and the training."""
     bare, _, preset = algo.partition(":")
     options = [*([("--preset", preset)] if preset else []), *own]
-    given = {option[0] for option in options}
+    given = set(map(_label, options))
     # A condition's own setting stands before the one for all.
-    options += [option for option in spec.shared if option[0] not in given]
+    options += [option for option in spec.shared if _label(option) not in given]
     dropped: dict[str, BatchproofError] = {}
     while True:
         words = [bare, *itertools.chain(*options)]
@@ -203,11 +219,24 @@ def _fitting(
             )
         except BatchproofError as error:
             found = _NO_EFFECT.match(str(error))
-            kept = [option for option in options if not found or option[0] != found[1]]
-            if found is None or len(kept) == len(options):
+            label = found and (found[1] or found[2])
+            kept = [option for option in options if _label(option) != label]
+            if label is None or len(kept) == len(options):
                 raise
-            dropped[found[1]] = error
+            dropped[label] = error
             options = kept
+
+
+def _label(option: Option) -> str:
+    """What an option sets: of those that are given once for each key, the key as well."""
+    name, *value = option
+    return f"{name} {value[0].partition('=')[0]}" if name in _KEYED else name
+
+
+def slug(name: str) -> str:
+    """A name as a folder, never a hidden one or the one above."""
+    found = re.sub(r"[^\w.+-]", "-", name)
+    return re.sub(r"^\.+", lambda dots: "-" * len(dots[0]), found)
 
 
 def _norm_options(norm: str) -> list[Option]:
@@ -216,7 +245,11 @@ def _norm_options(norm: str) -> list[Option]:
     if ":" not in norm:
         return [("--norm", norm)]
     kinds = dict.fromkeys(("actor", "critic"), "none")
-    kinds |= dict(part.split(":") for part in norm.split("+"))
+    for part in norm.split("+"):
+        network, _, kind = part.partition(":")
+        if network not in kinds:
+            raise BatchproofError(f"norm {norm!r}: unknown network {network!r}: use actor, critic")
+        kinds[network] = kind
     return [(f"--{network}-norm", kind) for network, kind in kinds.items()]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +19,10 @@ from batchproof.compare.conditions import (
     record_key,
     run_key,
     seed_words,
+    slug,
 )
 from batchproof.errors import BatchproofError
+from batchproof.run_record import differing
 
 if TYPE_CHECKING:
     from batchproof.lab.loop import Result
@@ -96,14 +97,13 @@ def cells(spec: Spec, conditions: Sequence[Condition], out: Path, build: Build) 
             if missing & set(seeds):
                 missing -= set(seeds)
                 cell.populations.append(Population(replace(training, seeds=seeds), folder))
-        place = out / "cells" / _slug(env) / _slug(condition.name)
+        place = out / "cells" / slug(env) / slug(condition.name)
         other = places.get(place)
         if missing and other is not None and record_key(other) != run_key(training):
-            wanted = records.to_json(training.record())
-            names = sorted(n for n in wanted.keys() | other.keys() if wanted.get(n) != other.get(n))
+            wanted = records.to_json(training.record()) | {"seeds": other["seeds"]}
             raise BatchproofError(
-                f"{place} holds other runs (they differ in {', '.join(names)}): "
-                "choose another --out, or another name"
+                f"{place} holds other runs ({differing(other, wanted)}): choose another --out, or "
+                "another name"
             )
         rest = [seed for seed in spec.seeds if seed in missing]
         for first in range(0, len(rest), spec.at_once or len(rest) or 1):
@@ -113,10 +113,6 @@ def cells(spec: Spec, conditions: Sequence[Condition], out: Path, build: Build) 
             )
         found.append(cell)
     return found
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.+-]", "-", name)
 
 
 def seeds_name(seeds: Sequence[int]) -> str:

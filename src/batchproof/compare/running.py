@@ -31,8 +31,9 @@ def run(
 ) -> dict[str, Any]:
     """Run what is missing of a comparison and write ``out/compare.json``.
 
-    A cell that fails is marked, and the others go on. Ctrl-C stops at the next evaluation, a second
-    one at once (what is lost is at most a minute); the record then says ``interrupted``.
+    A cell that fails is marked, and the others go on. Ctrl-C or SIGTERM stops at the next
+    evaluation, a second one at once (what is lost is at most a minute); the record then says
+    ``interrupted``.
 
     Args:
         spec: what to compare.
@@ -133,19 +134,25 @@ def _past(out: Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _first_interrupt(clock: Clock, table: Table) -> Iterator[None]:
-    """Let the first Ctrl-C stop at the next evaluation; a second one is Python's own."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as under nohup: keep it so
-    if ignored or threading.current_thread() is not threading.main_thread():
+    """Let the first Ctrl-C or SIGTERM stop at the next evaluation; a second one is as ever."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before: dict[signal.Signals, Any] = {}
+
+    def give_back() -> None:
+        while before:
+            signal.signal(*before.popitem())
 
     def ask(*_: Any) -> None:
         clock.asked = True
-        signal.signal(signal.SIGINT, before)
+        give_back()
         table.say("stopping at the next evaluation; Ctrl-C again stops at once")
 
-    before = signal.signal(signal.SIGINT, ask)
+    for number in (signal.SIGINT, signal.SIGTERM):  # schedulers send the second
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup: keep it so
+            before[number] = signal.signal(number, ask)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        give_back()

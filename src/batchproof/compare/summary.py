@@ -32,6 +32,7 @@ def summarized(spec: Spec, chosen: Grid, found: Sequence[Cell], out: Path) -> di
             for c in chosen.conditions
         ],
         "baseline": spec.baseline,
+        "pairs": compared_pairs(chosen.conditions, spec.baseline),
         "environments": list(spec.envs),
         "seeds": list(spec.seeds),
         "left_out": [
@@ -41,12 +42,20 @@ def summarized(spec: Spec, chosen: Grid, found: Sequence[Cell], out: Path) -> di
         ],
         "notes": [{"note": note, "conditions": names} for note, names in chosen.notes.items()],
         "cells": [cell_record(cell, spec.seeds, out) for cell in found],
+        "others": _others(found, out),
         "statistics": statistics,
         "sentences": sentences,
         "versions": records.versions(*PACKAGES),
         "machine": records.machine(),
         "git_sha": records.git_sha(),
     }
+
+
+def _others(found: Sequence[Cell], out: Path) -> list[str]:
+    """Cells in ``out`` that this call did not name, by their folders."""
+    mine = {population.folder.parent for cell in found for population in cell.populations}
+    places = {path.parent.parent for path in out.glob("cells/*/*/*/run.json")}
+    return sorted(place.relative_to(out / "cells").as_posix() for place in places - mine)
 
 
 def cell_record(cell: Cell, seeds: Sequence[int], out: Path) -> dict[str, Any]:
@@ -286,6 +295,16 @@ def text(record: Mapping[str, Any]) -> str:
              number(row["return_over_training"]["value"]), speed, state)
         )  # fmt: skip
     parts = ["\n".join(aligned([HEADER, *rows])), "\n".join(record["sentences"])]
+    left: dict[str, list[str]] = {}
+    for each in record["left_out"]:
+        left.setdefault(each["reason"], []).append(each["condition"])
+    parts.append("\n".join(f"left out: {listed(held)}: {why}" for why, held in left.items()))
+    if record["others"]:
+        them = counted(len(record["others"]), "cell")
+        parts.append(
+            f"The folder holds {them} that this call did not name "
+            f"({listed(record['others'], 3)}); a report of the folder shows them too."
+        )
     failed: dict[str, list[str]] = {}
     for cell in record["cells"]:
         for error in dict.fromkeys(p["error"] for p in cell["populations"] if p["error"]):

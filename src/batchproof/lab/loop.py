@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from batchproof import records
+from batchproof import records, run_record
 from batchproof.errors import BatchproofError
 from batchproof.lab import checkpoint, episodic, off_policy
 from batchproof.lab.load import up_to_date
@@ -95,9 +95,8 @@ def _check_folder(training: Training, out: Path) -> Result | None:
     if held != wanted:
         held = up_to_date(held, path)
     if held != wanted:
-        names = sorted(k for k in wanted.keys() | held.keys() if held.get(k) != wanted.get(k))
         raise BatchproofError(
-            f"{out} holds another run (it differs in {', '.join(names)}): "
+            f"{out} holds another run ({run_record.differing(held, wanted)}): "
             "choose another --out, or delete that folder"
         )
     if run.get("status") != "finished":

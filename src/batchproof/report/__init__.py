@@ -18,17 +18,19 @@ def write(runs: Sequence[Path], out: Path, threshold: float | None = None) -> li
 
     Args:
         runs: folders of ``batchproof train`` (``run.json``), of ``batchproof study``
-            (``study.json``), or folders that hold such run folders. The first condition read is the
-            baseline that the others are compared with.
+            (``study.json``), or folders that hold such run folders. Conditions are compared with
+            the first one read; those of one ``batchproof compare`` as it compares them.
         out: the HTML file.
         threshold: return that "steps to a threshold" asks for, on every task; by default the
             median of the conditions' final interquartile means, task by task.
 
     Returns:
-        The report's opening in plain text, one paragraph for each task.
+        The report's opening in plain text, one paragraph for each task, and what was left out.
 
     Raises:
         BatchproofError: a folder is no run or study, is damaged, or holds nothing to draw; or `out`
             cannot be written.
     """
-    return page.write(data.read([Path(run) for run in runs]), Path(out), threshold)
+    notes: list[str] = []
+    cells = data.read([Path(run) for run in runs], notes)
+    return page.write(cells, Path(out), threshold, notes)

@@ -6,12 +6,13 @@ A *task* is an environment with its options; a *condition* is everything else th
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,9 @@ class Cell:
             ``versions``; of joined runs also ``seconds_per_step``. What is unknown is missing.
         settings: what was chosen, flat, for naming.
         environment: the environment's id and options, flat, for naming.
+        root: the folder that was named, of which this is one run or the only one.
+        title: what a comparison calls the condition, "" where it is of none.
+        versus: what the comparison calls that which it compares this one with, "" for nothing.
     """
 
     condition: str
@@ -67,32 +71,65 @@ class Cell:
     facts: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    root: str = ""
+    title: str = ""
+    versus: str = ""
 
 
-def read(folders: Sequence[Path]) -> list[Cell]:
+class _NotEvaluated(BatchproofError):
+    """A run that has no evaluation yet."""
+
+
+class _Found(NamedTuple):
+    """A run or study, and what a comparison calls it and compares it with."""
+
+    folder: Path
+    title: str = ""
+    versus: str = ""
+
+
+def read(folders: Sequence[Path], notes: list[str] | None = None) -> list[Cell]:
     """Every cell in the folders, named, in the order given.
+
+    Args:
+        folders: of runs and studies, or that hold such.
+        notes: gets a line for each thing that is left out: runs below a folder that have no
+            evaluation yet, and unfinished runs of a condition that has finished ones.
 
     Raises:
         BatchproofError: no folder, or one that is no run or study, is damaged or has no evaluation.
     """
     if not folders:
         raise BatchproofError("give at least one run or study folder")
+    notes = [] if notes is None else notes
     cells: list[Cell] = []
     seen: set[Path] = set()
-    for folder in folders:
-        for found in _found(folder):
-            if found.resolve() not in seen:
-                seen.add(found.resolve())
-                cells += _read_run(found) if (found / "run.json").exists() else _read_study(found)
-    return _distinct(_named(cells))
+    empty: list[_NotEvaluated] = []
+    for root in folders:
+        for folder, title, versus in _found(root):
+            if folder.resolve() in seen:
+                continue
+            seen.add(folder.resolve())
+            try:
+                own = _read_run(folder) if (folder / "run.json").exists() else _read_study(folder)
+            except _NotEvaluated as error:
+                if folder == root:
+                    raise
+                empty.append(error)
+                notes.append(f"Left out: {folder} has no evaluation yet.")
+                continue
+            cells += [replace(cell, root=str(root), title=title, versus=versus) for cell in own]
+    if not cells:
+        raise empty[0]
+    return _distinct(_named(cells), notes)
 
 
-def _found(folder: Path) -> list[Path]:
+def _found(folder: Path) -> list[_Found]:
     """The folder itself if it is a run or a study, else those below it."""
     if not folder.is_dir():
         raise BatchproofError(f"{folder}: no such folder; give one that holds run.json")
     if (folder / "run.json").exists() or (folder / "study.json").exists():
-        return [folder]
+        return [_Found(folder)]
     below = sorted(path.parent for path in folder.rglob("run.json"))
     if not below:
         raise BatchproofError(
@@ -102,21 +139,28 @@ def _found(folder: Path) -> list[Path]:
     return _as_compared(folder, below)
 
 
-def _as_compared(folder: Path, runs: Sequence[Path]) -> list[Path]:
+def _as_compared(folder: Path, runs: Sequence[Path]) -> list[_Found]:
     """A comparison's runs in its own order, its baseline first; other folders' as they are."""
     path = folder / "compare.json"
     if not path.exists():
-        return list(runs)
+        return [_Found(run) for run in runs]
     record = records.read_json(path)
     try:
         baseline = record.get("baseline")
+        versus = dict(record.get("pairs", []))  # older ones have none
         cells = sorted(record["cells"], key=lambda cell: cell["condition"] != baseline)
-        order = [folder / each["folder"] for cell in cells for each in cell["populations"]]
-    except (AttributeError, KeyError, TypeError):
+        known = [
+            _Found(folder / each["folder"], cell["condition"], versus.get(cell["condition"], ""))
+            for cell in cells
+            for each in cell["populations"]
+        ]
+        held = {one.folder for one in known}
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise BatchproofError(
             f"{path}: not the record of a comparison; name the folders of its runs instead"
         ) from None
-    return sorted(runs, key=lambda run: order.index(run) if run in order else len(order))
+    others = [_Found(run) for run in runs if run not in held]
+    return [one for one in known if one.folder in runs] + others
 
 
 def _read_run(folder: Path) -> list[Cell]:
@@ -149,7 +193,7 @@ def _read_run(folder: Path) -> list[Cell]:
                 )
             )
     if not found:
-        raise BatchproofError(f"{folder / 'metrics.parquet'}: no evaluation of any seed yet")
+        raise _NotEvaluated(f"{folder / 'metrics.parquet'}: no evaluation of any seed yet")
     return found
 
 
@@ -219,7 +263,7 @@ def _study_row(conditions: Sequence[Any], key: Sequence[Any]) -> Mapping[str, An
 def _columns(folder: Path) -> dict[str, NDArray[Any]]:
     path = folder / "metrics.parquet"
     if not path.exists():
-        raise BatchproofError(
+        raise _NotEvaluated(
             f"{path}: no such file; the run has no evaluation yet, or its folder was moved in part"
         )
     columns = records.read_columns(path)
@@ -362,6 +406,10 @@ def _named(cells: Sequence[Cell]) -> list[Cell]:
             parts += _differing(lengths, of_algo[algo, env["env_id"]], skip=())
             name = SEPARATOR.join(parts)
         named.append(replace(cell, condition=name, task=", ".join(task)))
+    # Where all are of comparisons they keep the names from there, if these tell them apart as well.
+    both = {(cell.condition, cell.title) for cell in named}
+    if len(both) == len(dict(both)) == len({title for _, title in both if title}):
+        named = [replace(cell, condition=cell.title) for cell in named]
     return named
 
 
@@ -398,33 +446,66 @@ def _text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _distinct(cells: Sequence[Cell]) -> list[Cell]:
+def _distinct(cells: Sequence[Cell], notes: list[str]) -> list[Cell]:
     """One cell for each condition and task.
 
     Runs of the same condition with other seeds are joined. Runs with the same seeds (another
-    version of the code, say) are told apart by their folders.
+    version of the code, say) are told apart by their folders: the named ones, and where one of
+    these holds a seed twice the runs' own. Seeds that have only begun would cut finished ones short
+    and are left out.
     """
     groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.condition, cell.task].append(cell)
     found = []
     for group in groups.values():
-        steps = group[0].steps
-        for cell in group[1:]:
-            steps = np.intersect1d(steps, cell.steps)
-        counted = Counter(seed for cell in group for seed in cell.seeds)
-        if len(group) == 1:
-            found += group
-        elif steps.size and max(counted.values()) == 1:
-            found.append(_joined(group, steps))
-        else:
+        group = _finished(group, notes)
+        if len(group) == 1 or _fit(group):
+            found.append(_joined(group))
+            continue
+        by_root: dict[str, list[Cell]] = defaultdict(list)
+        for cell in group:
+            by_root[cell.root].append(cell)
+        for root, own in by_root.items():
+            parts = [(root, own)] if len(own) == 1 or _fit(own) else [(c.source, [c]) for c in own]
             found += [
-                replace(cell, condition=f"{cell.condition} ({cell.source})") for cell in group
+                replace(_joined(held), condition=f"{held[0].condition} ({name})")
+                for name, held in parts
             ]
     return found
 
 
-def _joined(group: Sequence[Cell], steps: NDArray[np.float64]) -> Cell:
+def _finished(group: list[Cell], notes: list[str]) -> list[Cell]:
+    """Those that have finished, if any have, or at least come as far."""
+    ended = [cell for cell in group if cell.facts.get("status") in ("finished", None)]
+    if not ended:
+        return group
+    length = min(cell.steps[-1] for cell in ended)
+    kept = [cell for cell in group if cell.steps[-1] >= length]
+    for cell in group:
+        if cell.steps[-1] < length:
+            seeds = ", ".join(map(str, cell.seeds))
+            notes.append(
+                f"Left out: seeds {seeds} of {cell.condition} on {cell.task}, at "
+                f"{cell.steps[-1]:,.0f} of {length:,.0f} steps."
+            )
+    return kept
+
+
+def _fit(group: Sequence[Cell]) -> bool:
+    """Whether runs can be joined: no seed twice, and evaluations at the same steps."""
+    counted = Counter(seed for cell in group for seed in cell.seeds)
+    return max(counted.values()) == 1 and bool(_shared_steps(group).size)
+
+
+def _shared_steps(group: Sequence[Cell]) -> NDArray[np.float64]:
+    return functools.reduce(np.intersect1d, (cell.steps for cell in group))
+
+
+def _joined(group: Sequence[Cell]) -> Cell:
+    if len(group) == 1:
+        return group[0]
+    steps = _shared_steps(group)
     names = [name for name in group[0].metrics if all(name in cell.metrics for cell in group)]
     picks = [np.isin(cell.steps, steps) for cell in group]
     walls = [cell.facts["wall_s"] for cell in group if "wall_s" in cell.facts]

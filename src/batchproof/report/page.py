@@ -70,15 +70,17 @@ class _Task:
     floor: float
 
 
-def write(cells: Sequence[Cell], out: Path, threshold: float | None = None) -> list[str]:
-    """Write the report of `cells`; see `batchproof.report.write`."""
+def write(
+    cells: Sequence[Cell], out: Path, threshold: float | None = None, notes: Sequence[str] = ()
+) -> list[str]:
+    """Write the report of `cells`, `notes` below its opening; see `batchproof.report.write`."""
     conditions = list(dict.fromkeys(cell.condition for cell in cells))
     tasks = [
         _task(name, [cell for cell in cells if cell.task == name], conditions, threshold)
         for name in dict.fromkeys(cell.task for cell in cells)
     ]
     comparisons = _compare(tasks)
-    paragraphs = _summary(tasks, comparisons)
+    paragraphs = _summary(tasks, comparisons) + list(notes)
     html = _html(tasks, conditions, comparisons, paragraphs)
     records.make_folder(out.parent)
     if out.is_dir():
@@ -139,16 +141,22 @@ def _by_seed(scored: _Scored) -> dict[int, float]:
 
 
 def _compare(tasks: Sequence[_Task]) -> list[tuple[_Task, Comparison]]:
-    """Each condition against its task's first, corrected for all comparisons of the page."""
+    """Each condition against another, corrected for all comparisons of the page."""
     pairs, of = [], []
     for task in tasks:
-        first, *others = task.cells
-        for other in others:
-            if set(first.cell.seeds) & set(other.cell.seeds):
-                name = other.cell.condition
-                pairs.append((name, _by_seed(other), first.cell.condition, _by_seed(first)))
+        for one, other in _pairs(task):
+            if set(one.cell.seeds) & set(other.cell.seeds):
+                names = one.cell.condition, other.cell.condition
+                pairs.append((names[0], _by_seed(one), names[1], _by_seed(other)))
                 of.append(task)
     return list(zip(of, statistics.compare(pairs), strict=True)) if pairs else []
+
+
+def _pairs(task: _Task) -> list[tuple[_Scored, _Scored]]:
+    """Whom each condition is compared with: as its comparison said, or the task's first."""
+    by_title = {scored.cell.title: scored for scored in task.cells if scored.cell.title}
+    first, *others = task.cells
+    return [(other, by_title.get(other.cell.versus, first)) for other in others]
 
 
 def _across(tasks: Sequence[_Task]) -> list[tuple[_Scored, NDArray[np.float64]]]:
@@ -183,9 +191,11 @@ def _summary(tasks: Sequence[_Task], comparisons: Sequence[tuple[_Task, Comparis
         plural = "" if counts == [1] else "s"
         of_each = " each" if len(task.cells) > 1 else ""
         what = "condition" if len(task.cells) == 1 else "conditions"
+        shortest = min(task.cells, key=lambda scored: float(scored.cell.steps[-1]))
+        as_far = "" if _is_whole(task) else f", as far as {shortest.cell.condition} has come"
         sentences = [
             f"{task.name}: {len(task.cells)} {what} with {seeds} seed{plural}{of_each}, compared "
-            f"at {task.horizon:,.0f} environment steps."
+            f"at {task.horizon:,.0f} environment steps{as_far}."
         ]
         lost = [(s.cell.condition, s.diverged) for s in task.cells if s.diverged]
         if lost:
@@ -196,17 +206,24 @@ def _summary(tasks: Sequence[_Task], comparisons: Sequence[tuple[_Task, Comparis
             )
         sentences += _ranked(task)
         mine = [found for of, found in comparisons if of is task]
-        if mine:
-            sentences.append(_tally(mine))
-        paired = {task.cells[0].cell.condition, *(found.a for found in mine)}
-        alone = [s.cell.condition for s in task.cells if s.cell.condition not in paired]
-        if alone:
-            sentences.append(
-                f"Not compared, for want of a seed that {task.cells[0].cell.condition} has too: "
-                f"{', '.join(alone)}."
-            )
+        for other in dict.fromkeys(found.b for found in mine):
+            sentences.append(_tally([found for found in mine if found.b == other]))
+        paired = {found.a for found in mine}
+        alone: dict[str, list[str]] = {}
+        for one, versus in _pairs(task):
+            if one.cell.condition not in paired:
+                alone.setdefault(versus.cell.condition, []).append(one.cell.condition)
+        sentences += [
+            f"Not compared, for want of a seed that {versus} has too: {', '.join(names)}."
+            for versus, names in alone.items()
+        ]
         paragraphs.append(" ".join(sentences))
     return paragraphs
+
+
+def _is_whole(task: _Task) -> bool:
+    """Whether all conditions have come to their last evaluation where they are compared."""
+    return all(float(scored.cell.steps[-1]) == task.horizon for scored in task.cells)
 
 
 def _ranked(task: _Task) -> list[str]:
@@ -230,8 +247,9 @@ def _ranked(task: _Task) -> list[str]:
     else:
         apart = best.lo > runner_up.hi
         overlap = " Their intervals are apart." if apart else " The two intervals overlap."
+    which = "final return" if _is_whole(task) else "return there"
     return [
-        f"The highest final return is that of {first}, with {_interval_words(best)}; next is "
+        f"The highest {which} is that of {first}, with {_interval_words(best)}; next is "
         f"{second}, with {_interval_words(runner_up)}.{overlap}"
     ]
 

@@ -531,7 +531,9 @@ def _sentence(
         f"to {short(difference.hi)}), {a.size} shared seeds, {chance} after Holm's correction"
     )
     if verdict == "not told apart":
-        return f"{name_a} and {name_b} are not told apart: {measured}."
+        apart = difference.lo > 0 or difference.hi < 0
+        note = " The interval, of this pair alone, leaves out 0: more seeds may tell them apart."
+        return f"{name_a} and {name_b} are not told apart: {measured}.{note if apart else ''}"
     return f"{name_a} is {verdict} than {name_b}: {measured}."
 
 
