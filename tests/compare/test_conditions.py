@@ -15,7 +15,7 @@ import pytest
 from batchproof import compare
 from batchproof.cli import main, parser
 from batchproof.cli.train import training_of
-from batchproof.compare import conditions, populations
+from batchproof.compare import conditions, populations, work
 from batchproof.errors import BatchproofError
 
 ENV = "batchproof/ConstantReward-v0"
@@ -255,6 +255,56 @@ def test_a_file_says_what_flags_say(
     assert "8,8" not in extra.words
 
 
+def test_environments_can_have_lengths_and_options_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        f"""
+        algo = "td3"
+        norm = ["none", "batch"]
+        seeds = 1
+        steps = 400
+        learning-starts = 100
+        [env-option]
+        g = 9.0
+        [[environment]]
+        id = "{ENV}"
+        steps = 120
+        learning-starts = 20
+        env-option = {{g = 1.0, ending = "truncated"}}
+        [[environment]]
+        id = "Pendulum-v1"
+        """
+    )
+    kept = []
+
+    def run(spec: compare.Spec, out: Path, build: compare.Build, **_: Any) -> dict[str, Any]:
+        found = compare.cells(spec, compare.grid(spec, build).conditions, out, build)
+        kept.extend((cell, population) for cell in found for population in cell.populations)
+        raise BatchproofError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "run", run)
+        for more in ([], ["--env", "Pendulum-v1"]):
+            assert main(["compare", str(path), "--out", str(tmp_path / "out"), *more]) == 2
+    shown = [
+        (cell.env, cell.condition.name, p.training.steps, p.training.learning_starts)
+        for cell, p in kept
+    ]
+    pendulum = [("Pendulum-v1", name, 400, 100) for name in ("td3-none", "td3-batch")]
+    own = [(ENV, name, 120, 20) for name in ("td3-none", "td3-batch")]
+    assert shown == [*own, *pendulum, *pendulum]
+    assert kept[0][1].training.env_options == {"g": 1.0, "ending": "truncated"}
+    assert kept[2][1].training.env_options == {"g": 9.0}
+    # The command of a population is one that trains it.
+    command = work.train_command(*kept[0])
+    args = parser().parse_args(shlex.split(command)[1:])
+    assert training_of(args, dict(args.env_option)) == kept[0][1].training
+    assert main(["compare", str(path), "--list"]) == 0
+    assert f"{ENV}: --steps 120 --learning-starts 20" in capsys.readouterr().out
+
+
 def test_the_example_of_the_docs_is_what_its_page_shows(
     grid: Callable[[str], compare.Grid],
 ) -> None:
@@ -279,6 +329,10 @@ def test_the_example_of_the_docs_is_what_its_page_shows(
         ("condition = 3", "two brackets"),
         ("[[condition]]\nalgo = 'td3'", "needs algo = ... and name"),
         ("[[condition]]\nalgo = 'td3'\nname = 'a'\nsteps = 3", "unknown key steps"),
+        ("environment = 3", "two brackets"),
+        ("[[environment]]\nsteps = 3", "needs id"),
+        ("[[environment]]\nid = 'a'\nhidden = 3", "unknown key hidden"),
+        ("[[environment]]\nid = 'a'\n[[environment]]\nid = 'a'", "stands there twice"),
     ],
 )
 def test_a_wrong_file_is_one_line(

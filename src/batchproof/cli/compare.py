@@ -20,6 +20,7 @@ COMPARED = (
 )  # fmt: skip
 COMPARE_OWN = ("env", "out", "seeds", "no-progress", "tensorboard")
 OF_TASK = ("steps", "eval-every", "eval-episodes", "env-option", "host-env")
+ALSO_OF_TASK = ("learning-starts", "buffer-size", "normalize-obs")
 
 
 def add_to(commands: Any) -> None:
@@ -41,7 +42,10 @@ def add_to(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    help_ = "a TOML file with these options as its keys, and [[condition]] for single conditions"
+    help_ = (
+        "a TOML file with these options as its keys, [[condition]] for single conditions and "
+        "[[environment]] for tasks with a length or options of their own"
+    )
     add("file", nargs="?", type=words.file, metavar="FILE", help=help_)
     help_ = f"each ALGO or ALGO:PRESET: {words.either(words.ALGORITHMS)}"
     add("--algo", type=words.several(words.algo), metavar="A,B", help=help_)
@@ -102,12 +106,16 @@ def run(args: argparse.Namespace, command: str) -> int:
     from batchproof import compare
 
     extra: list[tuple[str, str, tuple[tuple[str, ...], ...]]] = []
+    of_env: dict[str, tuple[tuple[str, ...], ...]] = {}
     if args.file is not None:
         options = _option_names(_alone(add_to, "compare"))
         trained = _option_names(_alone(train.add_to, "train"), (*COMPARE_OWN, *OF_TASK))
-        written, extra = compare.read_file(args.file, options, trained)
+        every = _option_names(_alone(train.add_to, "train"))
+        of_task = {name: every[name] for name in (*OF_TASK, *ALSO_OF_TASK)}
+        written, extra, of_env = compare.read_file(args.file, options, trained, of_task)
         # What stands on the command line comes later, and so wins.
         args = _alone(add_to, "compare").parse_args([*written, *shlex.split(command)[2:]])
+        args.env = args.env or tuple(of_env) or None
     for option in ("env", "out") if extra else ("algo", "env", "out"):
         if getattr(args, option) is None and not (args.list and option == "out"):
             raise BatchproofError(f"what to compare is not complete: add --{option}")
@@ -126,6 +134,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         modes=args.modes,
         shared=tuple(_shared(args, of_train)),
         extra=tuple(extra),
+        of_env={env: own for env, own in of_env.items() if env in args.env},
         seeds=args.seeds,
         at_once=args.seeds_at_once,
         baseline=args.baseline,

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from batchproof import records
@@ -43,6 +43,7 @@ class Spec:
         modes: mode plans, `DEFAULT` for the algorithm's own.
         shared: options of every condition; where one has no effect it is left away.
         extra: conditions outside the grid: a name, the algorithm and its options.
+        of_env: options of an environment alone, such as its length; they stand before all others.
         seeds: of every condition.
         at_once: the most seeds in one population; all conditions get their first ones before any
             gets more. None trains all at once.
@@ -58,6 +59,7 @@ class Spec:
     modes: tuple[str, ...] = (DEFAULT,)
     shared: tuple[Option, ...] = ()
     extra: tuple[tuple[str, str, tuple[Option, ...]], ...] = ()
+    of_env: Mapping[str, tuple[Option, ...]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     at_once: int | None = None
     baseline: str | None = None
@@ -75,6 +77,7 @@ class Condition:
         words: of ``batchproof train``, without environment, seeds and folder.
         plain: whether no network of it is normalized.
         cost: of an environment step, in multiplications of weights; it decides the order alone.
+        options: the words after the algorithm, one by one.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Condition:
     words: tuple[str, ...]
     plain: bool
     cost: float
+    options: tuple[Option, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def grid(spec: Spec, build: Build) -> Grid:
         elif name not in conditions:
             words = (algo.partition(":")[0], *itertools.chain(*options))
             conditions[name] = Condition(
-                name, words[0], key, words, _is_plain(training), _cost(training)
+                name, words[0], key, words, _is_plain(training), _cost(training), tuple(options)
             )
         elif conditions[name].key != key:
             raise BatchproofError(f"two conditions are called {name}: give one another name")
@@ -210,13 +214,9 @@ def _fitting(
     options += [option for option in spec.shared if _label(option) not in given]
     dropped: dict[str, BatchproofError] = {}
     while True:
-        words = [bare, *itertools.chain(*options)]
+        words = _words_on(bare, options, spec, spec.envs[0])
         try:
-            return (
-                options,
-                dropped,
-                build([*words, "--env", spec.envs[0], *seed_words(spec.seeds)]),
-            )
+            return options, dropped, build([*words, *seed_words(spec.seeds)])
         except BatchproofError as error:
             found = _NO_EFFECT.match(str(error))
             label = found and (found[1] or found[2])
@@ -225,6 +225,18 @@ def _fitting(
                 raise
             dropped[label] = error
             options = kept
+
+
+def words_on(condition: Condition, spec: Spec, env: str) -> list[str]:
+    """Words of ``batchproof train`` for a condition on an environment, without seeds and folder."""
+    return _words_on(condition.algo, condition.options, spec, env)
+
+
+def _words_on(algo: str, options: Sequence[Option], spec: Spec, env: str) -> list[str]:
+    own = spec.of_env.get(env, ())
+    given = set(map(_label, own))
+    kept = [option for option in options if _label(option) not in given]
+    return [algo, *itertools.chain(*kept), "--env", env, *itertools.chain(*own)]
 
 
 def _label(option: Option) -> str:

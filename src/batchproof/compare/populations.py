@@ -20,6 +20,7 @@ from batchproof.compare.conditions import (
     run_key,
     seed_words,
     slug,
+    words_on,
 )
 from batchproof.errors import BatchproofError
 from batchproof.run_record import differing
@@ -58,11 +59,12 @@ class Population:
 
 @dataclass
 class Cell:
-    """A condition on an environment."""
+    """A condition on an environment; ``words`` of ``batchproof train`` without seeds and folder."""
 
     env: str
     condition: Condition
     populations: list[Population] = field(default_factory=list)
+    words: tuple[str, ...] = ()
 
 
 def cells(spec: Spec, conditions: Sequence[Condition], out: Path, build: Build) -> list[Cell]:
@@ -85,9 +87,8 @@ def cells(spec: Spec, conditions: Sequence[Condition], out: Path, build: Build) 
         places[path.parent.parent] = record
     found = []
     for env, condition in itertools.product(spec.envs, conditions):
-        cell = Cell(env, condition)
-        words = [*condition.words, "--env", env]
-        training = build([*words, *seed_words(spec.seeds)])
+        cell = Cell(env, condition, words=tuple(words_on(condition, spec, env)))
+        training = build([*cell.words, *seed_words(spec.seeds)])
         missing = set(spec.seeds)
         # Finished ones first: they may hold seeds that an unfinished one has as well.
         for folder, run in sorted(

@@ -12,7 +12,7 @@ from typing import Any
 
 from batchproof import records
 from batchproof.compare import on_ray
-from batchproof.compare.conditions import Build, Condition, Spec, grid, seed_words
+from batchproof.compare.conditions import Build, Condition, Spec, grid, seed_words, words_on
 from batchproof.compare.populations import Cell, Population, cells, ordered
 from batchproof.compare.summary import summarized
 from batchproof.compare.table import Table
@@ -112,7 +112,7 @@ def _broken(spec: Spec, build: Build, condition: Condition) -> dict[str, str]:
 
     found = {}
     for env in spec.envs:
-        training = build([*condition.words, "--env", env, *seed_words(spec.seeds)])
+        training = build([*words_on(condition, spec, env), *seed_words(spec.seeds)])
         if training.host_env or env not in JAX_ENVS:
             try:
                 host.make(env, training.options_of(0)).close()

@@ -34,6 +34,11 @@ def summarized(spec: Spec, chosen: Grid, found: Sequence[Cell], out: Path) -> di
         "baseline": spec.baseline,
         "pairs": compared_pairs(chosen.conditions, spec.baseline),
         "environments": list(spec.envs),
+        "of_environment": {
+            env: shlex.join(word for option in spec.of_env[env] for word in option)
+            for env in spec.envs
+            if env in spec.of_env
+        },
         "seeds": list(spec.seeds),
         "left_out": [
             {"condition": name, "reason": why}

@@ -43,6 +43,13 @@ def listing(spec: Spec, build: Build) -> str:
     ]
     parts = ["\n".join(aligned(rows, left=(0, 1)))]
     parts.append("\n".join(chosen.lines()))
+    parts.append(
+        "\n".join(
+            f"{env}: {shlex.join(word for option in own for word in option)}"
+            for env, own in spec.of_env.items()
+            if own
+        )
+    )
     cells = counted(len(chosen.conditions) * len(spec.envs), "cell")
     parts.append(
         f"{counted(len(chosen.conditions), 'condition')} on {', '.join(spec.envs)}: {cells} of "

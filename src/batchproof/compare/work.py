@@ -100,7 +100,7 @@ def read_back(population: Population) -> bool:
 
 def train_command(cell: Cell, population: Population) -> str:
     """The command that trains this population alone."""
-    words = [*cell.condition.words, "--env", cell.env, *seed_words(population.training.seeds)]
+    words = [*cell.words, *seed_words(population.training.seeds)]
     return shlex.join(["batchproof", "train", *words, "--out", str(population.folder)])
 
 
