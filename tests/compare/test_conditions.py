@@ -228,7 +228,7 @@ def test_a_file_says_what_flags_say(
         """
     )
     specs = []
-    monkeypatch.setattr(compare, "listing", lambda spec, build: specs.append(spec) or "")
+    monkeypatch.setattr(compare, "listing", lambda spec, *_: specs.append(spec) or "")
     flags = (
         f"compare --algo td3,sac --env {ENV} --norm none,critic:batch "
         "--modes default,TEETE --list --steps 400 --learning-starts 100 --hidden 8,8 --seeds 3, "

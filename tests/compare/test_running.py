@@ -304,6 +304,19 @@ def test_a_cell_that_fails_is_marked_and_the_others_go_on(
     assert "Traceback" in trace.read_text()
 
 
+def test_listing_says_what_is_there_already(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    before = times(out)
+    words = SMALL.replace("none,", "none,layer,") + f" --seeds 2 --env {ENV} --out {out} --list"
+    assert main(["compare", *shlex.split(words)]) == 0
+    assert f"In {out}: 2 finished, 1 waiting" in capsys.readouterr().out
+    assert changed(out, before) == set()
+    assert main(["compare", *shlex.split(words), "--gamma", "0.5"]) == 2
+    assert "(config.gamma is 0.99, not 0.5)" in capsys.readouterr().err
+
+
 def test_listing_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["compare", *shlex.split(SMALL), "--env", ENV, "--out", str(out), "--list"]) == 0

@@ -83,7 +83,11 @@ def add_to(commands: Any) -> None:
     add(*names, type=words.folder, metavar="DIR", help="the comparison's folder")
     help_ = "train on a Ray cluster, all of whose nodes see DIR: ray or ray:HOST:PORT [here]"
     add("--on", type=words.cluster, metavar="PLACE", help=help_)
-    add("--list", action="store_true", help="show what would be trained, and train nothing")
+    add(
+        "--list",
+        action="store_true",
+        help="show what would be trained and what is already, and train nothing",
+    )
     add("--no-progress", action="store_true", help="no table that follows along")
 
     group = parser.add_argument_group("for all conditions, see `batchproof train --help`")
@@ -141,7 +145,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         budget_s=args.budget,
     )
     if args.list:
-        print(compare.listing(spec, build))
+        print(compare.listing(spec, build, args.out))
         return 0
     asked = [*spec.shared, *(option for *_, own in spec.extra for option in own)]
     if args.on is None and ("--critic-precision", "bfloat16") in asked:

@@ -25,9 +25,8 @@ from batchproof.compare.conditions import (
     heads,
 )
 from batchproof.compare.populations import Cell, Population, cells, ordered
-from batchproof.compare.running import run
+from batchproof.compare.running import listing, run
 from batchproof.compare.summary import text
-from batchproof.compare.table import listing
 from batchproof.compare.toml_file import read_file
 
 __all__ = [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,9 +16,9 @@ from typing import Any
 from batchproof import records
 from batchproof.compare import on_ray
 from batchproof.compare.conditions import Build, Condition, Spec, grid, seed_words, words_on
-from batchproof.compare.populations import Cell, Population, cells, ordered
+from batchproof.compare.populations import Cell, Population, cell_state, cells, ordered
 from batchproof.compare.summary import summarized
-from batchproof.compare.table import Table
+from batchproof.compare.table import Table, aligned, counted
 from batchproof.compare.work import Clock, recall, saved_step, train_command, train_population
 from batchproof.errors import BatchproofError
 
@@ -91,6 +94,38 @@ def run(
         record |= {"status": status, "wall_s": time.monotonic() - began, "command": command}
         records.write_json(out / "compare.json", record)
     return records.to_json(record)
+
+
+def listing(spec: Spec, build: Build, out: Path | None = None) -> str:
+    """What a comparison would run, what not, and what of it ``out`` holds already, in words.
+
+    Raises:
+        BatchproofError: as `run`, before it trains anything.
+    """
+    chosen = grid(spec, build)
+    rows = [
+        ("condition", "what it trains"),
+        *((c.name, shlex.join(c.words)) for c in chosen.conditions),
+    ]
+    parts = ["\n".join(aligned(rows, left=(0, 1))), "\n".join(chosen.lines())]
+    own = ((env, itertools.chain(*spec.of_env.get(env, ()))) for env in spec.envs)
+    parts.append(
+        "\n".join(f"{env}: {shlex.join(words)}" for env, words in own if env in spec.of_env)
+    )
+    count = counted(len(chosen.conditions) * len(spec.envs), "cell")
+    parts.append(
+        f"{counted(len(chosen.conditions), 'condition')} on {', '.join(spec.envs)}: {count} of "
+        f"{counted(len(spec.seeds), 'seed')}"
+    )
+    if out is not None and (out / "cells").is_dir():
+        found = cells(spec, chosen.conditions, out, build)
+        for cell in found:
+            for population in cell.populations:
+                recall(population, {})
+        states = Counter(map(cell_state, found))
+        held = ", ".join(f"{number} {state}" for state, number in states.items())
+        parts.append(f"In {out}: {held}")
+    return "\n\n".join(part for part in parts if part)
 
 
 def _train_here(queue: Sequence[tuple[Cell, Population]], clock: Clock, table: Table) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import shutil
 import sys
 import time
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TextIO
 
-from batchproof.compare.conditions import Build, Spec, grid
+from batchproof.compare.conditions import Spec
 from batchproof.compare.populations import Cell, Population, cell_state
 
 REDRAW_S = 0.2
@@ -32,30 +31,6 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0, 1, 8)) -> l
 def counted(number: int, noun: str) -> str:
     """A number with its noun, in the plural where it is one."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def listing(spec: Spec, build: Build) -> str:
-    """What a comparison would run, and what not, in words."""
-    chosen = grid(spec, build)
-    rows = [
-        ("condition", "what it trains"),
-        *((c.name, shlex.join(c.words)) for c in chosen.conditions),
-    ]
-    parts = ["\n".join(aligned(rows, left=(0, 1)))]
-    parts.append("\n".join(chosen.lines()))
-    parts.append(
-        "\n".join(
-            f"{env}: {shlex.join(word for option in own for word in option)}"
-            for env, own in spec.of_env.items()
-            if own
-        )
-    )
-    cells = counted(len(chosen.conditions) * len(spec.envs), "cell")
-    parts.append(
-        f"{counted(len(chosen.conditions), 'condition')} on {', '.join(spec.envs)}: {cells} of "
-        f"{counted(len(spec.seeds), 'seed')}"
-    )
-    return "\n\n".join(part for part in parts if part)
 
 
 class Table:
