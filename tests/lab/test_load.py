@@ -89,7 +89,9 @@ def test_a_seed_acts_as_its_arrays_say(run):
 def test_collecting_explores_in_the_run_s_environment(run):
     found = load.collect(run, 2, 30)
     assert found.obs.shape == found.next_obs.shape == (30, 3)
-    ends = np.flatnonzero((found.obs[1:] != found.next_obs[:-1]).any(1)) + 1
+    in_time = np.argsort(np.random.default_rng(2).permutation(30))
+    obs, next_obs = found.obs[in_time], found.next_obs[in_time]
+    ends = np.flatnonzero((obs[1:] != next_obs[:-1]).any(1)) + 1
     assert ends.tolist() == [25]  # that seed's own time limit
     assert not found.terminated.any()
     noise = found.action - by_hand(run, 2)(found.obs)

@@ -161,7 +161,9 @@ def collect(run: Run, seed: int, count: int, env_id: str | None = None) -> Colle
             obs = done.obs
     finally:
         envs.close()
-    return Collected(*(np.stack(column) for column in zip(*rows, strict=True)))
+    # In no order of time, for rules look at the first rows: else at the start of an episode.
+    order = np.random.default_rng(seed).permutation(count)
+    return Collected(*(np.stack(column)[order] for column in zip(*rows, strict=True)))
 
 
 def bounds(run: Run, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -568,17 +568,19 @@ def _run(model: Any, vec: VecEnv, count: int, seed: int) -> _Collected:
         rewards.append(np.asarray(reward, dtype=np.float32))
         terminated.append(np.asarray(ended, dtype=np.float32))
         current = taken(raw)
-    obs = take(_joined(seen), slice(0, count))
+    # In no order of time, for rules look at the first rows: else at the start of an episode.
+    order = np.random.default_rng(seed).permutation(count)
+    obs = take(_joined(seen), order)
     if not isinstance(model, OffPolicyAlgorithm):
         return _Collected(obs, None)
     device = model.device
-    kept = slice(0, min(count, MOST_TRANSITIONS))
+    kept = order[:MOST_TRANSITIONS]
     action_of = torch.as_tensor(np.concatenate(actions)[kept], device=device)
     discrete = not isinstance(model.action_space, spaces.Box)
     return _Collected(
         obs,
         Transitions(
-            obs=take(obs, kept),
+            obs=take(obs, slice(0, len(kept))),
             action=action_of.reshape(-1).long() if discrete else action_of,
             reward=torch.as_tensor(np.concatenate(rewards)[kept], device=device),
             next_obs=take(_joined(followers), kept),
