@@ -412,6 +412,26 @@ def swingup_conditions() -> str:
     return "\n".join(lines)
 
 
+def hopper_conditions() -> str:
+    study = _study("hopper-decay")
+    if study is None:
+        return "Not measured yet."
+    lines = [
+        f"{study['steps']} steps of each seed.",
+        "",
+        "| condition | agent | last return [lowest, highest] | decay | predicted | fall "
+        "| wall time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {c['label']} | {c['algo']} | {_spread(c['returns'])} | {_spread(c['decay'])} "
+        f"| {c['prediction']}{' (missed)' if c['missed'] else ''} | {_spread(c['fall'])} "
+        f"| {c['wall_s'] / 60:.0f} min |"
+        for c in study["conditions"]
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
     "crossq-joint.md": {
         "verdicts": lambda: _study_verdicts("crossq-joint"),
@@ -420,6 +440,10 @@ TABLES = {
     "pendulum-swingup.md": {
         "verdicts": lambda: _study_verdicts("pendulum-swingup"),
         "conditions": swingup_conditions,
+    },
+    "hopper-decay.md": {
+        "verdicts": lambda: _study_verdicts("hopper-decay"),
+        "conditions": hopper_conditions,
     },
     "kappa-predicts.md": {
         "verdicts": lambda: _predicted_verdicts("kappa-predicts"),

@@ -200,6 +200,11 @@ def test_a_budget_stops_in_time_and_the_same_command_continues_exactly(
     assert record["statistics"][0]["rows"] == []
     one = record["cells"][0]["populations"][0]
     assert one["last_return"] is not None
+    # Fewer seeds than were begun together: said before any time goes into the others.
+    capsys.readouterr()
+    words = f"{SMALL} --seeds 1 --list --env {ENV} --out {tmp_path}"
+    assert main(["compare", *shlex.split(words)]) == 0
+    assert f"{ENV} ddpg-none was begun with seeds 1 too: they go on" in capsys.readouterr().out
     after = run(f"{SMALL} --seeds 2", tmp_path)
     assert returns(after) == returns(whole[1])
     two = after["cells"][0]["populations"][0]

@@ -72,6 +72,8 @@ def run(
                 recall(population, past.get(population.folder.relative_to(out).as_posix(), {}))
                 if cell.env in broken:
                     population.state, population.error = "failed", broken[cell.env]
+            for line in _begun_with_more(found, spec):
+                table.say(line)
             waiting = [(cell, p) for cell, p in queue if p.state == "waiting"]
             with _first_interrupt(clock, table):
                 if on:
@@ -124,8 +126,20 @@ def listing(spec: Spec, build: Build, out: Path | None = None) -> str:
                 recall(population, {})
         states = Counter(map(cell_state, found))
         held = ", ".join(f"{number} {state}" for state, number in states.items())
-        parts.append(f"In {out}: {held}")
+        parts.append("\n".join([f"In {out}: {held}", *_begun_with_more(found, spec)]))
     return "\n\n".join(part for part in parts if part)
+
+
+def _begun_with_more(found: Sequence[Cell], spec: Spec) -> list[str]:
+    """A line for each unfinished population with seeds that were not asked for: they go on too."""
+    lines = []
+    for cell in found:
+        for population in cell.populations:
+            more = [str(seed) for seed in population.training.seeds if seed not in spec.seeds]
+            if more and population.state == "waiting":
+                title = f"{cell.env} {cell.condition.name}"
+                lines.append(f"{title} was begun with seeds {', '.join(more)} too: they go on")
+    return lines
 
 
 def _train_here(queue: Sequence[tuple[Cell, Population]], clock: Clock, table: Table) -> None:
