@@ -370,6 +370,23 @@ def test_a_run_that_goes_on_hides_the_events_that_it_repeats(
     assert purged == [1, reached["step"] + 1]
 
 
+def test_a_metric_that_is_newer_than_the_beginning_of_a_run_is_nan_there(
+    finished: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    whole = finished("jax")
+    train(whole.training, tmp_path, progress=False, stop=lambda step, returns: True)
+    held = loop.read_metrics(tmp_path / "metrics.parquet")
+    newer = held.pop("weight_length/critic/linear_0")
+    assert np.isfinite(newer).all()
+    records.write_columns(tmp_path / "metrics.parquet", held)
+    found = train(whole.training, tmp_path, progress=False).metrics
+    expected = whole.result.metrics["weight_length/critic/linear_0"].copy()
+    expected[: len(newer)] = np.nan
+    np.testing.assert_array_equal(found.pop("weight_length/critic/linear_0"), expected)
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, whole.result.metrics[name], err_msg=name)
+
+
 def test_a_finished_run_is_read_back(finished: Callable[[str], Finished]) -> None:
     whole = finished("jax")
     before = {path: path.stat().st_mtime_ns for path in whole.out.rglob("*.*") if path.suffix}

@@ -358,11 +358,28 @@ def test_statistics_of_the_replayed_batch_itself_have_no_gap():
     actor = recalibrate(NORMED, actor, batch.obs)
     critic = recalibrate_critics(NORMED, critic, batch.obs, batch.action)
     found = measures.networks(config, actor, critic, batch.obs, batch.obs, batch.action)
-    assert len(found) == 2 * 2 * 2
-    assert max(abs(float(gap)) for gap in found.values()) < 1e-9
-    # One row has no variance: nothing is said.
+    gaps = {name: float(gap) for name, gap in found.items() if "_gap/" in name}
+    assert len(gaps) == 2 * 2 * 2
+    assert max(map(abs, gaps.values())) < 1e-9
+    # One row has no variance: nothing is said of gaps.
     one = batch.obs[:1], batch.obs[:1], batch.action[:1]
-    assert measures.networks(config, actor, critic, *one) == {}
+    alone = measures.networks(config, actor, critic, *one)
+    assert alone.keys() == found.keys() - gaps.keys()
+
+
+def test_weight_lengths_are_those_of_the_units_and_1_when_projected():
+    mlp = MLP((5, 4), Norm("batch"))
+    critic = nets.init_critics(jax.random.key(1), mlp, O, A, 2)
+    found = measures.weight_lengths("critic", critic)
+    assert found.keys() == {f"weight_length/critic/linear_{i}" for i in (0, 1)}
+    for name, length in found.items():
+        layer = critic.params[name.rsplit("/", 1)[1]]
+        units = np.concatenate([layer["weight"], np.asarray(layer["bias"])[:, None]], axis=1)
+        np.testing.assert_allclose(length, np.linalg.norm(units, axis=1).mean(), rtol=1e-6)
+    projected = replace(mlp, project="hidden")
+    critic = nets.init_critics(jax.random.key(1), projected, O, A, 2)
+    for length in measures.weight_lengths("critic", critic).values():
+        np.testing.assert_allclose(length, 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("algo", ["ddpg", "td3", "sac", "crossq", "xqc"])

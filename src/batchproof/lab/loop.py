@@ -280,7 +280,9 @@ def _postfix(returns: list[float]) -> str:
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    return {name: np.asarray([row[name] for row in rows]) for name in rows[0]} if rows else {}
+    # A run that an earlier version began has fewer metrics in its first rows.
+    names = dict.fromkeys([*rows[0], *rows[-1]]) if rows else {}
+    return {name: np.asarray([row.get(name, math.nan) for row in rows]) for name in names}
 
 
 def _rows(columns: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:

@@ -143,13 +143,31 @@ def statistics_gaps(role: str, mlp: MLP, held: Network, true: Network) -> dict[s
     return found
 
 
+def weight_lengths(role: str, network: Network) -> dict[str, Array]:
+    """``weight_length/ROLE/LAYER`` of each hidden layer: its units' mean length of their weights.
+
+    What a norm next to the layer cancels in the forward pass, and what decides how far a step of
+    the optimizer turns a unit: the longer, the less. `nets.project` holds it at 1.
+
+    Args:
+        role: which network of the agent.
+        network: stacked ones are averaged over.
+    """
+    return {
+        f"weight_length/{role}/{name}": jnp.sqrt(nets.squared_lengths(name, layer)).mean()
+        for name, layer in network.params.items()
+        if name.startswith("linear_") and name != "linear_out"
+    }
+
+
 def networks(
     config: Any, actor: Network, critic: Network, obs: Array, critic_obs: Array, action: Array
 ) -> dict[str, Array]:
-    """`statistics_gaps` of an off-policy agent's networks, such as ``mean_gap/actor/norm_pre_0``.
+    """`weight_lengths` and `statistics_gaps` of an off-policy agent's networks.
 
-    The truth is the replayed batch's: the actor's on s, the critics' on (s, a). A batch of one has
-    no variance, and gives nothing.
+    Such as ``weight_length/critic/linear_0`` and ``mean_gap/actor/norm_pre_0``. The truth of the
+    gaps is the replayed batch's: the actor's on s, the critics' on (s, a). A batch of one has no
+    variance, and gives no gaps.
 
     Args:
         config: the agent's, with ``actor`` and ``critic``.
@@ -159,11 +177,11 @@ def networks(
         critic_obs: the critics', (B, O), of another size where several agents share a critic.
         action: the replayed ones, (B, A).
     """
+    lengths = weight_lengths("actor", actor) | weight_lengths("critic", critic)
     if len(action) < 2:
-        return {}
+        return lengths
     mlp = nets.without_action(config.actor)
     seen = recalibrate(mlp, actor, obs)
     values = recalibrate_critics(config.critic, critic, critic_obs, action)
-    return statistics_gaps("actor", mlp, actor, seen) | statistics_gaps(
-        "critic", config.critic, critic, values
-    )
+    gaps = statistics_gaps("actor", mlp, actor, seen)
+    return lengths | gaps | statistics_gaps("critic", config.critic, critic, values)

@@ -150,14 +150,24 @@ def project(mlp: MLP, params: Tree) -> Tree:
     for name, layer in params.items():
         if not name.startswith("linear_") or (name == "linear_out" and mlp.project == "hidden"):
             continue
-        square = jnp.square(layer["weight"]).sum(-2)
-        if "bias" in layer and name != "linear_out":
-            square += jnp.square(layer["bias"])
-        scale = jax.lax.rsqrt(square)
+        scale = jax.lax.rsqrt(squared_lengths(name, layer))
         projected[name] = layer | {"weight": layer["weight"] * scale[..., None, :]}
         if "bias" in layer and name != "linear_out":
             projected[name]["bias"] = layer["bias"] * scale
     return projected
+
+
+def squared_lengths(name: str, layer: Tree) -> Array:
+    """Squared length of each unit's incoming weights, (..., out), a hidden layer's bias included.
+
+    Args:
+        name: of the layer, such as ``linear_0``.
+        layer: its parameters, of one network or of stacked critics.
+    """
+    square = jnp.square(layer["weight"]).sum(-2)
+    if "bias" in layer and name != "linear_out":
+        square += jnp.square(layer["bias"])
+    return square
 
 
 def apply(

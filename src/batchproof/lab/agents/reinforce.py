@@ -264,21 +264,23 @@ def report(
 
 
 def measure(config: Config, state: State, batch: Episodes) -> dict[str, Array]:
-    """How far the running statistics are from the batch's, means over normalized features.
+    """How long weights are, and how far the running statistics are from the batch's.
 
-    `measures.statistics_gaps` for each layer, such as ``mean_gap/actor/norm_input``, and for all
-    of them together, ``mean_gap`` and ``log_var_gap``. Empty without a norm that keeps statistics.
+    `measures.weight_lengths`; with a norm that keeps statistics `measures.statistics_gaps` for each
+    layer, such as ``mean_gap/actor/norm_input``, and ``mean_gap`` and ``log_var_gap``, their means
+    over normalized features.
     """
+    lengths = measures.weight_lengths("actor", state.actor)
     mlp = nets.without_action(config.actor)
     seen = recalibrate(mlp, state.actor, _rows(batch))
     gaps = measures.statistics_gaps("actor", mlp, state.actor, seen)
     widths = {layer: held["mean"].size for layer, held in state.actor.stats.items() if held}
     if not widths:
-        return {}
+        return lengths
     for name in ("mean_gap", "log_var_gap"):
         whole = sum(width * gaps[f"{name}/actor/{layer}"] for layer, width in widths.items())
         gaps[name] = whole / sum(widths.values())
-    return gaps
+    return lengths | gaps
 
 
 def act(
