@@ -40,7 +40,7 @@ METRICS = (
     "q",
     "response_ratio",
     "td_target",
-)  # what a run of SAC writes
+)  # what a run of SAC writes, and `layer_metrics`
 CONDITIONS = (
     ("none", "pre", "TETTE"),
     ("batch", "pre", "TETTE"),
@@ -50,6 +50,20 @@ CONDITIONS = (
     ("rms", "post", "TETTE"),
 )
 AIMS = {"make_s": 10.0, "mb": 5.0, "open_s": 1.0}
+
+
+def layer_metrics(kind: str, placement: str) -> list[str]:
+    """What a run writes of each layer, with two hidden ones in both networks."""
+    measured = [f"weight_length/{role}/linear_{i}" for role in ("actor", "critic") for i in (0, 1)]
+    if kind in ("batch", "renorm"):
+        places = {"pre": ["pre_0", "pre_1"], "input+post": ["input", "post_0", "post_1"]}
+        measured += [
+            f"{name}/{role}/norm_{place}"
+            for name in ("mean_gap", "log_var_gap")
+            for role in ("actor", "critic")
+            for place in places[placement]
+        ]
+    return measured
 
 
 def write_runs(folder: Path) -> list[Path]:
@@ -71,7 +85,10 @@ def write_runs(folder: Path) -> list[Path]:
                     "step": np.repeat(at, SEEDS),
                     "return": curves.T.ravel(),
                     "diverged": np.zeros(curves.size, bool),
-                    **{name: rng.normal(size=curves.size) for name in METRICS},
+                    **{
+                        name: rng.normal(size=curves.size)
+                        for name in (*METRICS, *layer_metrics(kind, placement))
+                    },
                 },
             )
             net = {"hidden": [256, 256], "norm": {"kind": kind, "placement": placement}}
