@@ -420,13 +420,13 @@ def hopper_conditions() -> str:
         f"{study['steps']} steps of each seed.",
         "",
         "| condition | agent | last return [lowest, highest] | decay | predicted | fall "
-        "| wall time |",
-        "|---|---|---|---|---|---|---|",
+        "| critics' weights grew | wall time |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {c['label']} | {c['algo']} | {_spread(c['returns'])} | {_spread(c['decay'])} "
         f"| {c['prediction']}{' (missed)' if c['missed'] else ''} | {_spread(c['fall'])} "
-        f"| {c['wall_s'] / 60:.0f} min |"
+        f"| {statistics.fmean(c['weight_growth']):.2g} times | {c['wall_s'] / 60:.0f} min |"
         for c in study["conditions"]
     ]
     return "\n".join(lines)

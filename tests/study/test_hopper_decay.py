@@ -37,6 +37,9 @@ def outcome(lost, steps=400_000, seeds=SEEDS):
             "seed": np.tile(np.arange(seeds), values.shape[1]),
             "step": np.repeat(np.arange(1, values.shape[1] + 1) * INTERVAL, seeds),
             "return": values.T.ravel(),
+            # Both layers double, from 1 and from 3.
+            "weight_length/critic/linear_0": np.repeat(np.linspace(1, 2, values.shape[1]), seeds),
+            "weight_length/critic/linear_1": np.repeat(np.linspace(3, 6, values.shape[1]), seeds),
         }
         results[key] = Result(columns, [], 1.0)
     return shared.Outcome(tuple(BY_KEY[key] for key in lost), seeds, results)
@@ -72,6 +75,22 @@ def test_the_fall_is_from_a_window_named_beforehand():
     returns[0, -3:] = np.nan
     assert study.fall(steps, returns)[0] == pytest.approx(3000 - 2 * 2000 / 5)
     assert study.fall(steps[:17], returns[:, :17]).tolist() == [0, 0]  # too short
+
+
+def test_weights_stand_beside_the_returns():
+    made = outcome(LOST)
+    steps, lengths = study.weight_lengths(made, "crossq")
+    assert lengths.shape == (SEEDS, len(steps))
+    assert lengths[0, 0] == 2
+    rows = study.describe(made)
+    assert rows[0]["weight_growth"] == pytest.approx([2] * SEEDS)
+    rows[1]["weight_growth"][0] = None  # a seed that diverged
+    text = study.explanation({"claims": study.judge(made), "conditions": rows})
+    assert "weights grew by: CrossQ 2, SAC 2," in text
+    for name in list(made.results["crossq"].metrics):
+        if name.startswith("weight_length"):  # cells of an earlier version
+            del made.results["crossq"].metrics[name]
+    assert np.isnan(study.weight_lengths(made, "crossq")[1]).all()
 
 
 def test_expected_results_support_every_claim():

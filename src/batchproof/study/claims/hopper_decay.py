@@ -14,11 +14,14 @@ from a window that was named beforehand, that around 100k steps, to the last.
 A verdict needs runs of 300k steps and more. On two cores that is hours: the default is a run of
 minutes that shows the study working and leaves every claim open. Longer runs continue where they
 were stopped.
+
+Beside the returns stands how long the critics' weights are, at every evaluation: what is blamed.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +203,22 @@ def fall(steps: np.ndarray, returns: np.ndarray) -> np.ndarray:
     return np.asarray(known[:, early].mean(axis=1) - known[:, late].mean(axis=1))
 
 
+def weight_lengths(outcome: Outcome[Condition], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (T,) and the mean length of the critics' hidden units' weights, (seeds, T).
+
+    NaN in cells that an earlier version trained, which did not measure it.
+    """
+    layers = [
+        outcome.curve(key, name)
+        for name in outcome.results[key].metrics
+        if name.startswith("weight_length/critic/")
+    ]
+    steps, returns = outcome.curve(key)
+    if not layers:
+        return steps, np.full(returns.shape, np.nan)
+    return steps, np.mean([values for _, values in layers], axis=0)
+
+
 def describe(outcome: Outcome[Condition]) -> list[dict[str, Any]]:
     """The conditions of ``study.json``."""
     rows = []
@@ -208,6 +227,7 @@ def describe(outcome: Outcome[Condition]) -> list[dict[str, Any]]:
         norm = c.config.critic.norm
         lost = decay(steps, returns)
         settled = steps[-1] >= FEWEST_STEPS
+        lengths = weight_lengths(outcome, c.key)[1]
         rows.append(
             {
                 "name": c.key,
@@ -218,6 +238,7 @@ def describe(outcome: Outcome[Condition]) -> list[dict[str, Any]]:
                 "returns": returns[:, -1].tolist(),
                 "decay": lost.tolist(),
                 "fall": fall(steps, returns).tolist(),
+                "weight_growth": (lengths[:, -1] / lengths[:, 0]).tolist(),
                 "prediction": f"decay {c.predicted:g}",
                 "missed": _missed(c.predicted, lost) if settled else None,
                 "diverged": outcome.diverged(c.key),
@@ -318,7 +339,8 @@ _SHORT = {
     "wn": "projected, target",
 }
 _PANELS = (
-    ("Weights and targets", ("sac", "projected", "target", "wn")),
+    ("Beside SAC", ("sac",)),
+    ("Weights and targets", ("projected", "target", "wn")),
     ("Norm", ("batch", "layer", "slow")),
     ("Optimizer", ("falling", "b1")),
 )
@@ -326,18 +348,22 @@ _PANELS = (
 
 def _render(outcome: Outcome[Condition], study: dict[str, Any], out: Path) -> None:
     first = ("crossq",) if outcome.has("crossq") else ()
-    panels = []
-    for title, keys in _PANELS:
-        shown = [key for key in keys if outcome.has(key)]
-        if shown:
-            panels.append(plots.Panel(title, [_curve(outcome, key) for key in (*first, *shown)]))
-    if not panels:
-        panels = [plots.Panel("CrossQ", [_curve(outcome, c.key) for c in outcome.conditions])]
+    panels = [
+        (title, (*first, *filter(outcome.has, keys)))
+        for title, keys in _PANELS
+        if any(map(outcome.has, keys))
+    ] or [("CrossQ", first)]
     longest = max(int(result.metrics["step"].max()) for result in outcome.results.values())
     open_ = "" if longest >= FEWEST_STEPS else f" (too short for a verdict: {longest} steps)"
     plots.learning_curves(
-        panels, out / "curves.png", headline=f"CrossQ on Hopper-v5{open_}", best=None
-    )
+        _drawn(panels, outcome.curve), out / "curves.png",
+        headline=f"CrossQ on Hopper-v5{open_}", best=None,
+    )  # fmt: skip
+    plots.learning_curves(
+        _drawn(panels, lambda key: weight_lengths(outcome, key)), out / "weights.png",
+        headline="How long the critics' weights are", best=None,
+        y_label="Length of a hidden unit's weights, mean over units and layers",
+    )  # fmt: skip
     rows = [
         plots.ForestRow(c.label, {"decay": decay(*outcome.curve(c.key)).tolist()})
         for c in outcome.conditions
@@ -363,6 +389,14 @@ def _render(outcome: Outcome[Condition], study: dict[str, Any], out: Path) -> No
             out / "decay.png",
             alt="Decay of every condition, a row each",
         ),
+        report.FigureSection(
+            "Length of weights",
+            "What is blamed. A norm cancels the length of a unit's weights, but the longer they "
+            "are, the less a step of the optimizer turns them. SAC has no norm: there their length "
+            "counts in what the network computes.",
+            out / "weights.png",
+            alt="Mean length of the critics' units' weights over training",
+        ),
     ]
     report.write_report(
         out / "report.html", study, sections, explanation(study),
@@ -370,9 +404,15 @@ def _render(outcome: Outcome[Condition], study: dict[str, Any], out: Path) -> No
     )  # fmt: skip
 
 
-def _curve(outcome: Outcome[Condition], key: str) -> plots.Curve:
-    steps, values = outcome.curve(key)
-    return plots.Curve(_SHORT[key], steps, values, _COLORS[key])
+def _drawn(
+    panels: Iterable[tuple[str, Iterable[str]]],
+    curve: Callable[[str], tuple[np.ndarray, np.ndarray]],
+) -> list[plots.Panel]:
+    """Panels of what ``curve`` gives of each condition's key."""
+    return [
+        plots.Panel(title, [plots.Curve(_SHORT[key], *curve(key), _COLORS[key]) for key in keys])
+        for title, keys in panels
+    ]
 
 
 def explanation(study: dict[str, Any]) -> str:
@@ -399,5 +439,14 @@ def explanation(study: dict[str, Any]) -> str:
         "change what they compute, but it sets how far a step of the optimizer turns them: "
         "weights that grow learn ever less.</p>"
         "<p>Here one part of CrossQ is changed at a time: weights projected to length 1, a target "
-        "network, another norm, slower statistics, another optimizer.</p>" + result
+        "network, another norm, slower statistics, another optimizer.</p>" + _growth(study) + result
     )
+
+
+def _growth(study: dict[str, Any]) -> str:
+    """How far the weights grew, as HTML."""
+    parts = []
+    for c in study["conditions"]:
+        known = [x for x in c["weight_growth"] if x is not None and np.isfinite(x)]
+        parts += [f"{_SHORT[c['name']]} {np.mean(known):.3g}"] if known else []
+    return f"<p>From the first evaluation to the last weights grew by: {', '.join(parts)}.</p>"
