@@ -547,6 +547,8 @@ def test_a_record_that_was_changed_gives_no_traceback(name, below, tmp_path, mon
         (("training", "algo", "ppo"), "unknown algorithm ppo"),
         (("training", "env_options", [{}]), "env_options has 1 entries for 2 seeds"),
         (("spaces", "obs_size", "3"), "obs_size is not a whole number"),
+        (("spaces", "obs_size", OBS + 2), "sizes of observations or actions that the checkpoint"),
+        (("spaces", "action_size", 7), "sizes of observations or actions that the checkpoint"),
         (("devices", 0), "devices is not a positive whole number"),
     ],
 )

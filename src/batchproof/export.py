@@ -301,6 +301,15 @@ def _check_fit(run: run_record.Part, path: Path, arrays: dict[str, np.ndarray]) 
         said = config[role]["hidden"] if role in config else None
         if said is not None and said != [widths[i] for i in sorted(widths)]:
             run_record.refuse(path, f"hidden layers of the {role} that the checkpoint has not")
+    first, last = (
+        arrays.get(f"agent.actor.params.{name}.weight")
+        for name in ("linear_0" if held["actor"] else "linear_out", "linear_out")
+    )
+    spaces = run["spaces"]
+    if spaces["agents"] is None and first is not None and last is not None:
+        outputs = spaces["action_size"] * (1 + (training["algo"] in SQUASHED))
+        if (first.shape[-2], last.shape[-1]) != (spaces["obs_size"], outputs):
+            run_record.refuse(path, "sizes of observations or actions that the checkpoint has not")
 
 
 # --- building ----------------------------------------------------------------------------------
