@@ -87,6 +87,7 @@ def test_weights_stand_beside_the_returns():
     rows[1]["weight_growth"][0] = None  # a seed that diverged
     text = study.explanation({"claims": study.judge(made), "conditions": rows})
     assert "weights grew by: CrossQ 2, SAC 2," in text
+    assert "That it falls is supported." in text
     for name in list(made.results["crossq"].metrics):
         if name.startswith("weight_length"):  # cells of an earlier version
             del made.results["crossq"].metrics[name]
