@@ -443,9 +443,9 @@ def explanation(study: dict[str, Any]) -> str:
     )
     return (
         "<p>In its paper CrossQ learns Hopper fast, in 100k steps, and then gets slowly worse, "
-        "while slower agents pass it. Its networks have batch norm, so the length of their weights does not "
-        "change what they compute, but it sets how far a step of the optimizer turns them: "
-        "weights that grow learn ever less.</p>"
+        "while slower agents pass it. Its networks have batch norm, so the length of their weights "
+        "does not change what they compute, but it sets how far a step of the optimizer turns "
+        "them: weights that grow learn ever less.</p>"
         "<p>Here one part of CrossQ is changed at a time: weights projected to length 1, a target "
         "network, another norm, slower statistics, another optimizer.</p>" + _growth(study) + result
     )
